@@ -1,0 +1,3 @@
+"""softrag in LangChain apps."""
+
+__all__: list[str] = []

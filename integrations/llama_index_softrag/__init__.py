@@ -1,0 +1,3 @@
+"""softrag in LlamaIndex apps."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Training of softrag models."""
+
+__all__: list[str] = []
