@@ -7,6 +7,7 @@ knows nothing of tensors or models.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,9 +61,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize user text: special tokens written in it, `<MEM>` included, stay plain text."""
-    # Not every tokenizer class honours `split_special_tokens` for added tokens; the check is cheap.
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return list(ids)
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -217,14 +216,12 @@ class RagPrompt:
 
     def _pieces(self, user: str) -> list[Any]:
         """Return token ids of the fixed text, with the stand-ins between them."""
-        rendered = self._chat(user)
-        pieces: list[Any] = []
-        rest = rendered
-        for stand_in in (_DOCUMENTS, _QUESTION):
-            if stand_in in rest:
-                before, rest = rest.split(stand_in)
-                pieces += [self._encode_template(before), stand_in]
-        return [piece for piece in [*pieces, self._encode_template(rest)] if piece]
+        parts = re.split(f"([{_DOCUMENTS}{_QUESTION}])", self._chat(user))
+        return [
+            part if part in (_DOCUMENTS, _QUESTION) else self._encode_template(part)
+            for part in parts
+            if part
+        ]
 
     def _chat(self, user: str, answer: str | None = None) -> str:
         """Render system and user text with the chat template, thinking switched off."""

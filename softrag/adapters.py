@@ -1,0 +1,57 @@
+"""LoRA on a backbone through peft: add, recognise, merge. It knows nothing of softrag models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from softrag.extras import load_extra
+
+
+def add_lora(backbone: PreTrainedModel, *, r: int, alpha: int, dropout: float = 0.0) -> None:
+    """Freeze a backbone and put trainable LoRA on all its linear layers (OSCAR, table 7).
+
+    Args:
+        backbone: A language model without its head; the head is never adapted.
+        r: Rank.
+        alpha: Scale numerator; updates are scaled by `alpha / r`.
+        dropout: On the adapters' inputs, while training.
+    """
+    peft = load_extra("peft", extra="train", purpose="A checkpoint with adapters")
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
+    peft.inject_adapter_in_model(config, backbone)
+
+
+def is_lora_weight(name: str) -> bool:
+    """Tell whether a parameter of this name belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+@torch.no_grad()
+def merge_lora(backbone: nn.Module) -> int:
+    """Replace every adapted layer by a plain one with the sum of the weights.
+
+    The sum is a new tensor, so that another module tree over the same base weights keeps them.
+
+    Returns:
+        The number of merged layers.
+    """
+    merged = 0
+    for parent in list(backbone.modules()):
+        for name, layer in list(parent.named_children()):
+            if not hasattr(layer, "lora_A") or not hasattr(layer, "get_base_layer"):
+                continue
+            base = layer.get_base_layer()
+            total = base.weight.float()
+            for adapter in layer.lora_A:
+                total = total + layer.get_delta_weight(adapter).float()
+            plain = nn.Linear(
+                base.in_features, base.out_features, bias=False, device="meta"
+            )
+            plain.weight = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
+            if base.bias is not None:
+                plain.bias = base.bias
+            setattr(parent, name, plain)
+            merged += 1
+    return merged

@@ -1,0 +1,325 @@
+"""A trained model as a folder: config.json, safetensors shards, tokenizers; never pickle.
+
+Only what training changed is stored; base models are named. It knows the model's parts by their
+parameter names alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from softrag.adapters import is_lora_weight
+from softrag.base_models import resolve_base_model
+from softrag.config import SoftRAGConfig
+from softrag.errors import CheckpointError
+from softrag.prompt import prompt_signature
+
+if TYPE_CHECKING:
+    from softrag.model import SoftRAGModel
+
+logger = logging.getLogger(__name__)
+
+STORAGES = ("full", "int8")
+_DIFFERENCE, _SCALE = ".difference", ".difference_scale"
+_CONFIG = "config.json"
+_SHARED_TOKENIZER = "tokenizer"
+_HF_FIELDS = {"architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
+
+
+def locate(name: str | Path, *, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint: the path itself, or a download from the hub.
+
+    Raises:
+        CheckpointError: Neither a folder with a config.json nor a reachable hub name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / _CONFIG).is_file():
+            raise CheckpointError(
+                f"{path} has no {_CONFIG}; expected a folder written by SoftRAGModel.save_pretrained."
+            )
+        return path
+    try:
+        return Path(snapshot_download(str(name), revision=revision))
+    except Exception as error:
+        # The hub client raises a dozen unrelated classes for "not there" and "not reachable".
+        raise CheckpointError(
+            f"{str(name)!r} is neither a folder nor a model that the hub serves ({error}). Give "
+            "the path of a folder written by SoftRAGModel.save_pretrained."
+        ) from error
+
+
+def read_config(folder: Path) -> SoftRAGConfig:
+    """Read and check config.json; an unknown field is an error, not a silent default.
+
+    Raises:
+        CheckpointError: The file is damaged or belongs to another kind of model.
+    """
+    path = folder / _CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}. Restore the file.") from error
+    found = values.get("model_type") if isinstance(values, dict) else None
+    if found != SoftRAGConfig.model_type:
+        raise CheckpointError(
+            f"{path} says model_type {found!r}; expected {SoftRAGConfig.model_type!r}."
+        )
+    unknown = set(values) - set(SoftRAGConfig().to_dict()) - _HF_FIELDS
+    if unknown:
+        raise CheckpointError(
+            f"{path} has unknown fields {sorted(unknown)}. It was written by a newer softrag, or "
+            "by hand; update softrag or remove them."
+        )
+    try:
+        return SoftRAGConfig(**{k: v for k, v in values.items() if k != "model_type"})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds an invalid value: {error}") from error
+
+
+def read_tokenizer(folder: Path, part: str) -> PreTrainedTokenizerBase:
+    """Load `"compressor_tokenizer"` or `"decoder_tokenizer"`, which may be one and the same."""
+    path = folder / part
+    if not path.is_dir():
+        path = folder / _SHARED_TOKENIZER
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise CheckpointError(f"The tokenizer in {path} can't be loaded: {error}") from error
+
+
+# ---------------------------------------------------------------------- save
+
+
+def save(model: SoftRAGModel, folder: Path, *, storage: str, max_shard_size: int) -> None:
+    """Write a checkpoint; see `SoftRAGModel.save_pretrained`."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage is {storage!r}; expected one of {STORAGES}.")
+    if model.decoder is None or model.compressor is None:
+        raise ValueError("Only a model with both compressor and decoder can be saved.")
+    trained = {n: t.detach().cpu().contiguous() for n, t in model.trained_state().items()}
+    stored = trained
+    if storage == "int8":
+        base = _base_weights(model, trained)
+        stored = _shrink(trained, base)
+        # What a reader will have: the fingerprint is of the rounded weights.
+        trained = _restore(stored, base)
+    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    config = SoftRAGConfig(**values | {"storage": storage})
+    config.architectures = [type(model).__name__]
+    config.fingerprint = fingerprint(model, trained)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
+        # Everything is written aside first: a crash while writing leaves the old checkpoint whole.
+        part = Path(name)
+        save_torch_state_dict(stored, part, max_shard_size=max_shard_size)
+        _save_tokenizers(model, part)
+        config.save_pretrained(part)
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+        for item in sorted(part.iterdir(), key=lambda path: path.name == _CONFIG):
+            target = folder / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            item.replace(target)
+
+
+def upload(folder: Path, repo_id: str) -> None:
+    """Push a checkpoint folder to the hub."""
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=repo_id)
+
+
+def _save_tokenizers(model: SoftRAGModel, folder: Path) -> None:
+    compressor, decoder = model.compressor_tokenizer, model.decoder_tokenizer
+    assert compressor is not None and decoder is not None
+    if _tokenizer_signature(compressor) == _tokenizer_signature(decoder):
+        decoder.save_pretrained(folder / _SHARED_TOKENIZER)
+        return
+    compressor.save_pretrained(folder / "compressor_tokenizer")
+    decoder.save_pretrained(folder / "decoder_tokenizer")
+
+
+def _is_trained_base_weight(name: str) -> bool:
+    """Tell whether a trained tensor replaces a base weight, rather than adding to it."""
+    return name.startswith("compressor.") and not is_lora_weight(name)
+
+
+def _base_weights(model: SoftRAGModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Load the untrained values of the trained base weights, in float32."""
+    if not any(map(_is_trained_base_weight, trained)):
+        return {}
+    path = resolve_base_model(str(model.config.compressor))
+    state = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
+    return {f"compressor.{name}": tensor for name, tensor in state.items()}
+
+
+def _shrink(
+    trained: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Round trained base matrices to 8-bit differences, everything else to bfloat16."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in trained.items():
+        if _is_trained_base_weight(name) and tensor.ndim == 2:
+            difference = tensor.float() - base[name]
+            scale = difference.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+            stored[name + _DIFFERENCE] = (difference / scale).round().to(torch.int8)
+            stored[name + _SCALE] = scale
+        else:
+            stored[name] = tensor.to(torch.bfloat16)
+    return stored
+
+
+def _restore(
+    stored: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Undo `_shrink`, up to its rounding; tensors stored whole pass through."""
+    trained: dict[str, torch.Tensor] = {}
+    for key, tensor in stored.items():
+        if key.endswith(_DIFFERENCE):
+            name = key.removesuffix(_DIFFERENCE)
+            trained[name] = base[name].float() + tensor.float() * stored[name + _SCALE]
+        elif not key.endswith(_SCALE):
+            trained[key] = tensor
+    return trained
+
+
+# ---------------------------------------------------------------------- load
+
+
+def load_weights(model: SoftRAGModel, folder: Path) -> None:
+    """Fill a model that holds its base weights with what training changed.
+
+    Every trained tensor of the loaded parts must be there, and nothing unknown.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the tensors are not the model's.
+    """
+    absent = tuple(
+        prefix
+        for part, prefixes in (
+            (model.compressor, ("compressor.", "connector.", "memory_embedding")),
+            (model.decoder, ("decoder.", "auto_encoding_embedding")),
+        )
+        if part is None
+        for prefix in prefixes
+    )
+    stored = {k: t for k, t in _read_tensors(folder, skip=absent)}
+    parameters = dict(model.named_parameters())
+    names = {key.removesuffix(_DIFFERENCE).removesuffix(_SCALE) for key in stored}
+    expected = set(model.trained_state())
+    if names != expected:
+        raise CheckpointError(
+            f"The weights in {folder} are not those of its {_CONFIG}. "
+            f"Missing: {_some(expected - names)}. Unknown: {_some(names - expected)}. "
+            "Restore the folder, or fix its config.json."
+        )
+    try:
+        trained = _restore(stored, {name: parameters[name].detach() for name in names})
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"A stored difference in {folder} is incomplete: {error}") from error
+    for name, tensor in trained.items():
+        target = parameters[name]
+        if target.shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} in {folder} is {tuple(tensor.shape)}; the model needs "
+                f"{tuple(target.shape)}. The config.json or the base model is not the checkpoint's."
+            )
+        target.data.copy_(tensor)
+
+
+def _read_tensors(folder: Path, *, skip: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    files = sorted(folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} can't be read: {error}. Restore the file.") from error
+        files = [folder / name for name in sorted(named)]
+    if not files:
+        raise CheckpointError(f"{folder} holds no model*.safetensors. Restore the folder.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if not skip or not key.startswith(skip):
+                        yield key, tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} is missing or damaged ({error}). Copy or download the checkpoint again."
+            ) from error
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
+
+
+# ---------------------------------------------------------------------- fingerprint
+
+
+def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = None) -> str:
+    """Hash everything that decides a memory's values, to 32 hex digits.
+
+    Trained weights in full, base weights by samples of each tensor, the tokenizer by its
+    vocabulary and a probe, and the document prompt's settings. Floating point values are hashed
+    as bfloat16, so that loading in another dtype does not change the result.
+    """
+    assert model.compressor is not None and model.compressor_tokenizer is not None
+    digest = blake2b(digest_size=16)
+    digest.update(prompt_signature(model.config).encode())
+    digest.update(_tokenizer_signature(model.compressor_tokenizer))
+    trained = model.trained_state() if trained is None else trained
+    for name in sorted(trained):
+        if not name.startswith(("decoder.", "auto_encoding_embedding")):
+            digest.update(name.encode())
+            digest.update(_bytes(trained[name]))
+    for name, parameter in sorted(model.compressor.named_parameters()):
+        if f"compressor.{name}" not in trained:
+            flat = parameter.detach().flatten()
+            digest.update(name.encode())
+            digest.update(_bytes(flat[:: max(1, len(flat) // 256)]))
+    return digest.hexdigest()
+
+
+def check_fingerprint(model: SoftRAGModel, folder: Path) -> None:
+    """Compare a loaded compressor with the fingerprint in its config.json.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    expected, found = model.config.fingerprint, model.fingerprint
+    if expected is not None and expected != found:
+        raise CheckpointError(
+            f"The compressor loaded from {folder} has fingerprint {found}; its config.json says "
+            f"{expected}. A file was changed, or the base model {model.config.compressor!r} is "
+            "not the one it was trained on."
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    rounded = tensor.detach().to(torch.bfloat16).contiguous().cpu()
+    return rounded.view(torch.uint8).numpy().tobytes()
+
+
+def _tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    digest = blake2b(digest_size=16)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest.update(json.dumps(vocabulary).encode())
+    probe = "The 12 tokens,\n\n1. don't  split\tthe same: caf\u00e9 \u4e2d\u6587 x=3.14"
+    digest.update(json.dumps(tokenizer.encode(probe, add_special_tokens=False)).encode())
+    return digest.digest()

@@ -1,0 +1,715 @@
+"""The model: tensors in, tensors out. It knows nothing of texts, prompts or stores.
+
+A compressor language model turns a document into the states of its `<MEM>` tokens, a connector
+maps them into the decoder's embedding space (soft tokens), and the decoder language model reads
+them in the place of the document. PISCO (Louis et al., ACL Findings 2025, arXiv 2501.16075) and
+OSCAR (Louis et al., ICLR 2026, arXiv 2504.07109).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from softrag import checkpoint
+from softrag.adapters import add_lora, is_lora_weight, merge_lora
+from softrag.base_models import resolve_base_model
+from softrag.batch import IGNORED
+from softrag.config import SoftRAGConfig
+from softrag.errors import PlaceholderMismatchError
+from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed
+from softrag.prompt import AUTO_ENCODING_TOKEN, MEMORY_TOKEN, add_special_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class Connector(nn.Module):
+    """Two linear layers with ReLU between (OSCAR, table 7): compressor states to soft tokens."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+        """Make the layers; `match_scale` sets the output's size."""
+        super().__init__()
+        self.up = nn.Linear(in_features, hidden)
+        self.down = nn.Linear(hidden, out_features)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map `(memory, in_features)` to `(memory, out_features)`."""
+        return self.down(nn.functional.relu(self.up(states)))
+
+    @torch.no_grad()
+    def match_scale(self, states: torch.Tensor, rms: float) -> None:
+        """Scale the output for these input states to a root mean square.
+
+        Soft tokens that are several times larger or smaller than token embeddings make the first
+        steps of training a fight against the decoder.
+        """
+        factor = rms / self(states).float().pow(2).mean().sqrt().clamp_min(1e-12)
+        self.down.weight.mul_(factor)
+        self.down.bias.mul_(factor)
+
+
+class SoftRAGModel(PreTrainedModel):
+    """Compressor, connector and decoder.
+
+    Build one from base language models with `from_base`, load a trained one with
+    `from_pretrained`. Either part may be left out when only the other is needed.
+    """
+
+    config_class = SoftRAGConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    decoder: PreTrainedModel | None
+    compressor: PreTrainedModel | None
+
+    def __init__(
+        self,
+        config: SoftRAGConfig,
+        decoder: PreTrainedModel | None = None,
+        compressor: PreTrainedModel | None = None,
+        *,
+        load_decoder: bool = True,
+        load_compressor: bool = True,
+    ) -> None:
+        """Wire the parts; those not given are built from their configs with random weights."""
+        super().__init__(config)
+        if decoder is None and (load_decoder or config.shares_backbone):
+            decoder = AutoModelForCausalLM.from_config(config.sub_config("decoder"))
+        if load_compressor and compressor is None:
+            compressor = (
+                _share_backbone(decoder)
+                if config.shares_backbone and decoder is not None
+                else AutoModel.from_config(config.sub_config("compressor"))
+            )
+        if compressor is not None and config.compressor_layers is not None:
+            _keep_layers(compressor, config.compressor_layers)
+        self.decoder = decoder if load_decoder else None
+        self.compressor = compressor if load_compressor else None
+        self.compressor_tokenizer: PreTrainedTokenizerBase | None = None
+        self.decoder_tokenizer: PreTrainedTokenizerBase | None = None
+        self._fingerprint: str | None = None
+
+        decoder_width = config.sub_config("decoder").hidden_size
+        if self.compressor is not None:
+            width = self.compressor.config.hidden_size
+            self._prepare_backbone(self.compressor)
+            self.memory_embedding = nn.Parameter(torch.zeros(width))
+            self.connector: nn.Module = (
+                nn.Identity()
+                if config.connector_hidden is None
+                else Connector(width, config.connector_hidden, decoder_width)
+            )
+            if config.connector_hidden is None and width != decoder_width:
+                raise ValueError(
+                    f"Without a connector the compressor's width ({width}) must be the decoder's "
+                    f"({decoder_width}); set connector_hidden."
+                )
+        if self.decoder is not None:
+            self._prepare_backbone(self.decoder)
+            self.auto_encoding_embedding = nn.Parameter(torch.zeros(decoder_width))
+        self._freeze_and_adapt()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave weights alone: the base models and peft initialise their own."""
+
+    def _prepare_backbone(self, model: PreTrainedModel) -> None:
+        backbone = model.base_model
+        if can_pack(backbone):
+            model.set_attn_implementation(PACKED_ATTENTION)
+        else:
+            logger.info("%s can't be packed; batches are padded", type(backbone).__name__)
+
+    def _freeze_and_adapt(self) -> None:
+        """Freeze the base vocabulary and what adapters stand in for; add the adapters."""
+        config = self.config
+        if self.decoder is not None:
+            # The base weights never change: with adapters they are learned beside them,
+            # without, the decoder is frozen.
+            self.decoder.requires_grad_(False)
+            if config.decoder_lora is not None:
+                add_lora(self.decoder.base_model, **config.decoder_lora)
+        if self.compressor is not None:
+            if config.compressor_lora is not None:
+                self.compressor.requires_grad_(False)
+                add_lora(self.compressor, **config.compressor_lora)
+            elif config.shares_backbone:
+                raise ValueError(
+                    "A compressor that shares the decoder's backbone learns through adapters: "
+                    "set compressor_lora."
+                )
+            self.compressor.get_input_embeddings().requires_grad_(False)
+
+    # ------------------------------------------------------------------ building and loading
+
+    @classmethod
+    def from_base(
+        cls,
+        config: SoftRAGConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> SoftRAGModel:
+        """Start a new model from the base language models that `config` names.
+
+        Args:
+            config: Must name `decoder` and `compressor`.
+            dtype: Of trained weights.
+            frozen_dtype: Of weights that are never trained; None: the same.
+            seed: Of the connector's and adapters' initialisation.
+
+        Raises:
+            ValueError: The config names no decoder or no compressor.
+        """
+        if config.decoder is None or config.compressor is None:
+            raise ValueError(
+                f"from_base needs both base models; got decoder={config.decoder!r} and "
+                f"compressor={config.compressor!r}."
+            )
+        frozen = frozen_dtype or dtype
+        decoder_path = resolve_base_model(config.decoder)
+        decoder = AutoModelForCausalLM.from_pretrained(decoder_path, dtype=frozen)
+        config.decoder_config = decoder.config.to_dict()
+        compressor_path, compressor = decoder_path, None
+        if not config.shares_backbone:
+            compressor_path = resolve_base_model(config.compressor)
+            kept = frozen if config.compressor_lora is not None else dtype
+            compressor = AutoModel.from_pretrained(compressor_path, dtype=kept)
+            config.compressor_config = compressor.config.to_dict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config, decoder, compressor)
+            model.compressor_tokenizer = _load_tokenizer(compressor_path)
+            model.decoder_tokenizer = _load_tokenizer(decoder_path)
+            model._initialise_new_weights()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    @torch.no_grad()
+    def _initialise_new_weights(self) -> None:
+        assert self.compressor is not None and self.decoder is not None
+        # The mean embedding is in-distribution for every base model; zeros are not.
+        words = self.compressor.get_input_embeddings().weight.float()
+        self.memory_embedding.copy_(words.mean(0))
+        embeddings = self.decoder.get_input_embeddings().weight.float()
+        self.auto_encoding_embedding.copy_(embeddings.mean(0))
+        if isinstance(self.connector, Connector):
+            # Random documents are enough to find the size of the compressor's states.
+            ids = torch.randint(0, len(words), (8, 64), device=words.device)
+            ids = torch.cat([ids, ids.new_full((8, 4), self.memory_id)], dim=1)
+            states = self._memory_states(ids, torch.ones_like(ids))
+            self.connector.match_scale(
+                states.to(self.connector.up.weight.dtype), embeddings.pow(2).mean().sqrt().item()
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        base_model: str | Path | None = None,
+        load_decoder: bool = True,
+        load_compressor: bool = True,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> SoftRAGModel:
+        """Load a trained model from a folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder written by `save_pretrained`, or its hub name.
+            base_model: Where the decoder's base model is, when not where the checkpoint says.
+            load_decoder: False leaves out what only answering needs.
+            load_compressor: False leaves out what only indexing needs.
+            dtype: Of all weights. `"auto"`: bfloat16 on a GPU; on a CPU float32 for the decoder,
+                and bfloat16 for a separate compressor where the CPU is fast at it.
+            device: Where to; None: the first GPU, else the CPU.
+            revision: Of a hub checkpoint.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or of another kind, or the base model is
+                not the one the checkpoint was trained on.
+        """
+        folder = checkpoint.locate(pretrained_model_name_or_path, revision=revision)
+        config = checkpoint.read_config(folder)
+        if base_model is not None:
+            config.decoder = str(base_model)
+            if not config.shares_backbone and config.compressor_config == config.decoder_config:
+                config.compressor = str(base_model)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        decoder_dtype, compressor_dtype = _choose_dtypes(config, dtype, target)
+        decoder = compressor = None
+        if load_decoder or config.shares_backbone:
+            decoder = AutoModelForCausalLM.from_pretrained(
+                resolve_base_model(str(config.decoder)), dtype=decoder_dtype
+            )
+        if load_compressor and not config.shares_backbone:
+            # In float32 first: stored differences are added to the base weights before rounding.
+            compressor = AutoModel.from_pretrained(
+                resolve_base_model(str(config.compressor)), dtype=torch.float32
+            )
+        model = cls(
+            config, decoder, compressor, load_decoder=load_decoder, load_compressor=load_compressor
+        )
+        model.compressor_tokenizer = checkpoint.read_tokenizer(folder, "compressor_tokenizer")
+        model.decoder_tokenizer = checkpoint.read_tokenizer(folder, "decoder_tokenizer")
+        checkpoint.load_weights(model, folder)
+        if model.compressor is not None:
+            # What decides a memory's values is hashed before any rounding to the target's dtype.
+            model._fingerprint = checkpoint.fingerprint(model)
+            checkpoint.check_fingerprint(model, folder)
+            model.compressor.to(compressor_dtype)
+            model.connector.to(compressor_dtype)
+            model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
+        if model.decoder is not None:
+            model.decoder.to(decoder_dtype)
+        return model.to(target).eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        storage: str = "full",
+        max_shard_size: int = 15 * 2**20,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+    ) -> None:
+        """Write what was trained (adapters, connector, compressor), tokenizers and config.
+
+        Base models are named, not copied.
+
+        Args:
+            save_directory: Created when missing.
+            storage: `"full"` keeps trained weights as they are; `"int8"` stores adapters and
+                connector in bfloat16 and trained base weights as 8-bit differences to the base.
+            max_shard_size: Bytes of one safetensors file.
+            push_to_hub: Upload the folder afterwards.
+            repo_id: Hub name for the upload.
+
+        Raises:
+            ValueError: `storage` is unknown, or `push_to_hub` lacks a `repo_id`.
+        """
+        folder = Path(save_directory)
+        checkpoint.save(self, folder, storage=storage, max_shard_size=max_shard_size)
+        if push_to_hub:
+            if repo_id is None:
+                raise ValueError("push_to_hub needs a repo_id, such as 'user/my-softrag-model'.")
+            checkpoint.upload(folder, repo_id)
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that differs from the base models, by name."""
+        names = {name for name, parameter in self.named_parameters() if self._is_trained(name)}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
+
+    def _is_trained(self, name: str) -> bool:
+        if name.startswith(("connector.", "memory_embedding", "auto_encoding_embedding")):
+            return True
+        if is_lora_weight(name):
+            return True
+        if name.startswith("compressor.") and self.config.compressor_lora is None:
+            assert self.compressor is not None
+            embeddings = self.compressor.get_input_embeddings().weight
+            return self.get_parameter(name) is not embeddings
+        return False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides a memory's values, 32 hex digits.
+
+        Computed from the weights, once per loaded model; `forget_fingerprint` after training.
+        """
+        if self._fingerprint is None:
+            if self.compressor is None:
+                if self.config.fingerprint is None:
+                    raise ValueError("The model has no compressor and its config no fingerprint.")
+                return self.config.fingerprint
+            self._fingerprint = checkpoint.fingerprint(self)
+        return self._fingerprint
+
+    def forget_fingerprint(self) -> None:
+        """Compute the fingerprint anew when it is next asked for: the weights have changed."""
+        self._fingerprint = None
+
+    def merge_adapters(self) -> SoftRAGModel:
+        """Fold LoRA into the base weights, for inference; a backbone that is shared is copied."""
+        _ = self.fingerprint if self.compressor is not None else None
+        for part in (self.compressor, self.decoder):
+            if part is not None:
+                merge_lora(part.base_model)
+        return self
+
+    # ------------------------------------------------------------------ tensors
+
+    @property
+    def memory_id(self) -> int:
+        """Token id of `<MEM>` in the compressor's inputs."""
+        return _token_id(self.compressor_tokenizer, MEMORY_TOKEN)
+
+    @property
+    def decoder_memory_id(self) -> int:
+        """Token id of `<MEM>` in the decoder's inputs."""
+        return _token_id(self.decoder_tokenizer, MEMORY_TOKEN)
+
+    @property
+    def auto_encoding_id(self) -> int:
+        """Token id of `<AE>` in the decoder's inputs."""
+        return _token_id(self.decoder_tokenizer, AUTO_ENCODING_TOKEN)
+
+    def compress(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Turn documents into soft tokens.
+
+        Args:
+            input_ids: `(documents, tokens)` with as many `<MEM>` per row as the row gets soft
+                tokens; rows may differ.
+            attention_mask: `(documents, tokens)`, 1 for real tokens; any side may be padded.
+
+        Returns:
+            `(soft tokens of all rows in order, decoder hidden)`.
+        """
+        states = self._memory_states(input_ids, attention_mask)
+        return self.connector(states)
+
+    def _memory_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the compressor's states of all `<MEM>` tokens, `(memory, hidden)`."""
+        if self.compressor is None:
+            raise ValueError("The compressor was not loaded; use load_compressor=True.")
+        packed = pack(attention_mask)
+        ids = input_ids.flatten()[packed.index]
+        is_memory = ids == self.memory_id
+        words = self.compressor.get_input_embeddings()
+        # Ids of added tokens lie behind the base vocabulary; any word will do in their place.
+        embeddings = words(torch.where(is_memory, 0, ids))
+        embeddings = embeddings.to(self._compute_dtype(embeddings))
+        at_memory = is_memory.nonzero().squeeze(1)
+        memory = self.memory_embedding.to(embeddings.dtype).expand(len(at_memory), -1)
+        if self.config.readout == "memory":
+            embeddings = embeddings.index_copy(0, at_memory, memory)
+            states = self._run(self.compressor, embeddings, packed, packed.position)
+            return states[at_memory]
+        at_text = (~is_memory).nonzero().squeeze(1)
+        windows = _Windows.of(packed, is_memory, at_text, at_memory)
+        embeddings = embeddings.index_copy(
+            0, at_memory, memory + windows.mean(embeddings[at_text])
+        )
+        position = packed.position.index_copy(0, at_memory, windows.end)
+        states = self._run(self.compressor, embeddings, packed, position)
+        return states[at_memory] + windows.mean(states[at_text])
+
+    def embed_prompt(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, soft_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed prompts with soft tokens at their `<MEM>` placeholders, in order.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            attention_mask: `(batch, tokens)`; a placeholder that is masked out is not one.
+            soft_tokens: `(memory, decoder hidden)` for all rows in order.
+
+        Returns:
+            `(batch, tokens, decoder hidden)`.
+
+        Raises:
+            PlaceholderMismatchError: The placeholders are not as many as the soft tokens.
+        """
+        if self.decoder is None:
+            raise ValueError("The decoder was not loaded; use load_decoder=True.")
+        is_memory = (input_ids == self.decoder_memory_id) & attention_mask.bool()
+        is_auto_encoding = input_ids == self.auto_encoding_id
+        at_memory = is_memory.flatten().nonzero().squeeze(1)
+        if len(at_memory) != len(soft_tokens):
+            raise PlaceholderMismatchError(
+                f"The prompts hold {len(at_memory)} {MEMORY_TOKEN} placeholders, but there are "
+                f"{len(soft_tokens)} soft tokens. Lay the prompts out with the number of soft "
+                "tokens that each document's memory has."
+            )
+        added = is_memory | is_auto_encoding
+        embeddings = self.decoder.get_input_embeddings()(torch.where(added, 0, input_ids))
+        embeddings = embeddings.to(self._compute_dtype(embeddings))
+        special = self.auto_encoding_embedding.to(embeddings.dtype)
+        embeddings = torch.where(is_auto_encoding[..., None], special, embeddings)
+        flat = embeddings.flatten(0, 1).index_copy(0, at_memory, soft_tokens.to(embeddings.dtype))
+        return flat.view_as(embeddings)
+
+    def forward(
+        self,
+        decoder_input_ids: torch.Tensor,
+        decoder_attention_mask: torch.Tensor,
+        compressor_input_ids: torch.Tensor | None = None,
+        compressor_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        document_index: torch.Tensor | None = None,
+        soft_tokens: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """Compress the documents and read the prompts.
+
+        Args:
+            decoder_input_ids: `(batch, tokens)` prompts with `<MEM>` placeholders.
+            decoder_attention_mask: `(batch, tokens)`.
+            compressor_input_ids: `(documents, tokens)`; None when no prompt has placeholders.
+            compressor_attention_mask: `(documents, tokens)`.
+            labels: `(batch, tokens)`, -100 where nothing is learned.
+            document_index: `(uses,)` which compressed document fills which placeholders, in
+                order, when a document is used more than once; None: each once, in order.
+            soft_tokens: `(memory, decoder hidden)` to read in the place of compressed documents.
+            num_items_in_batch: Labels in the whole (accumulated) batch, to average over; None:
+                those of this call.
+
+        Returns:
+            With labels: their mean loss, and logits of the labelled positions only,
+            `(labels, vocabulary)`: the others would cost most of the memory and serve nothing.
+            Without: logits `(batch, tokens, vocabulary)`.
+        """
+        if self.decoder is None:
+            raise ValueError("The decoder was not loaded; use load_decoder=True.")
+        if soft_tokens is None:
+            soft_tokens = self._soft_tokens(
+                compressor_input_ids, compressor_attention_mask, document_index
+            )
+        embeddings = self.embed_prompt(decoder_input_ids, decoder_attention_mask, soft_tokens)
+        packed = pack(decoder_attention_mask)
+        states = self._run(
+            self.decoder.base_model, embeddings.flatten(0, 1)[packed.index], packed, packed.position
+        )
+        head = self.decoder.get_output_embeddings()
+        if labels is None:
+            padded = states.new_zeros((decoder_input_ids.numel(), states.shape[-1]))
+            padded = padded.index_copy(0, packed.index, states)
+            return CausalLMOutput(logits=head(padded).view(*decoder_input_ids.shape, -1))
+        # A state predicts the next token of its row; the last one of a row predicts nothing.
+        targets = labels.flatten()[packed.index].roll(-1)
+        targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
+        learned = (targets != IGNORED).nonzero().squeeze(1)
+        logits = head(states[learned])
+        loss = nn.functional.cross_entropy(logits.float(), targets[learned], reduction="sum")
+        items = len(learned) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=loss / items, logits=logits)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, inputs: Mapping[str, torch.Tensor], *, max_new_tokens: int = 128
+    ) -> list[str]:
+        """Compress, then answer greedily.
+
+        Args:
+            inputs: `compressor_input_ids` and `compressor_attention_mask` `(documents, tokens)`,
+                `decoder_input_ids` and `decoder_attention_mask` `(batch, tokens)`, the latter
+                padded on the left.
+            max_new_tokens: The longest answer.
+
+        Returns:
+            One answer per prompt.
+        """
+        if self.decoder is None or self.decoder_tokenizer is None:
+            raise ValueError("The decoder was not loaded; use load_decoder=True.")
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        soft_tokens = self.compress(
+            inputs["compressor_input_ids"], inputs["compressor_attention_mask"]
+        )
+        mask = inputs["decoder_attention_mask"]
+        ids = self.decoder.generate(
+            inputs_embeds=self.embed_prompt(inputs["decoder_input_ids"], mask, soft_tokens),
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return self.decoder_tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _run(
+        self,
+        backbone: PreTrainedModel,
+        embeddings: torch.Tensor,
+        packed: Packed,
+        position: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run a backbone over the real tokens; `(T, hidden)` to `(T, hidden)`."""
+        if backbone.config._attn_implementation == PACKED_ATTENTION:
+            return run_packed(backbone, embeddings, packed, position)
+        shape = (len(packed.lengths), packed.max_length)
+        slot = packed.row * packed.max_length + packed.position
+        padded = embeddings.new_zeros((shape[0] * shape[1], embeddings.shape[-1]))
+        positions = slot.new_zeros(shape).flatten().index_copy(0, slot, position)
+        output = backbone(
+            inputs_embeds=padded.index_copy(0, slot, embeddings).view(*shape, -1),
+            attention_mask=(
+                torch.arange(shape[1], device=slot.device) < packed.lengths[:, None]
+            ).long(),
+            position_ids=positions.view(shape),
+            use_cache=False,
+        )
+        return output.last_hidden_state.flatten(0, 1)[slot]
+
+    def _soft_tokens(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        document_index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compress a batch's distinct documents and line them up as the prompts use them."""
+        if input_ids is None or attention_mask is None:
+            return self.auto_encoding_embedding.new_zeros((0, self._decoder_width))
+        soft_tokens = self.compress(input_ids, attention_mask)
+        if document_index is None:
+            return soft_tokens
+        counts = ((input_ids == self.memory_id) & attention_mask.bool()).sum(dim=1)
+        return soft_tokens[_expand_spans(counts, document_index)]
+
+    def _compute_dtype(self, embeddings: torch.Tensor) -> torch.dtype:
+        """Autocast rounds matrix products only; start the residual stream in its dtype."""
+        kind = embeddings.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+
+    @property
+    def _decoder_width(self) -> int:
+        return self.auto_encoding_embedding.shape[0]
+
+    # ------------------------------------------------------------------ training
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations in the backward pass, in both language models."""
+        options = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        for part in self.language_models():
+            part.gradient_checkpointing_enable(options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        for part in self.language_models():
+            part.gradient_checkpointing_disable()
+
+    def language_models(self) -> Iterator[PreTrainedModel]:
+        """Yield the loaded compressor and decoder."""
+        for part in (self.compressor, self.decoder):
+            if part is not None:
+                yield part
+
+    def compile_layers(self) -> None:
+        """Compile each transformer layer for any number of tokens (CUDA training)."""
+        for part in self.language_models():
+            for layer in part.base_model.layers:
+                layer.compile(dynamic=True)
+
+
+class _Windows:
+    """Which memory token each text token belongs to: equal windows of its row."""
+
+    def __init__(self, owner: torch.Tensor, count: torch.Tensor, end: torch.Tensor) -> None:
+        self.owner = owner  # (text,) index of the memory token
+        self.count = count  # (memory,) tokens of each window
+        self.end = end  # (memory,) position of each window's last token
+
+    @classmethod
+    def of(
+        cls, packed: Packed, is_memory: torch.Tensor, at_text: torch.Tensor, at_memory: torch.Tensor
+    ) -> _Windows:
+        rows = len(packed.lengths)
+        zeros = torch.zeros(rows, dtype=torch.long, device=is_memory.device)
+        per_row = zeros.index_add(0, packed.row, is_memory.long())
+        first = per_row.cumsum(0) - per_row
+        text_per_row = packed.lengths - per_row
+        row = packed.row[at_text]
+        # Rank among the row's text tokens; the memory tokens may stand anywhere.
+        rank = torch.arange(len(at_text), device=row.device) - (
+            text_per_row.cumsum(0) - text_per_row
+        )[row]
+        # A row without placeholders is read but owns no window.
+        share = (rank * per_row[row]) // text_per_row[row].clamp_min(1)
+        owner = torch.where(per_row[row] > 0, first[row] + share, len(at_memory))
+        extra = zeros.new_zeros(len(at_memory) + 1)
+        count = extra.index_add(0, owner, torch.ones_like(owner))
+        end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")
+        return cls(owner, count[:-1], end[:-1])
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average `(text, hidden)` over each window: `(memory, hidden)`; 0 for an empty window."""
+        total = values.new_zeros((len(self.count) + 1, values.shape[-1]))
+        total = total.index_add(0, self.owner, values)[:-1]
+        return total / self.count.clamp_min(1)[:, None].to(values.dtype)
+
+
+def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
+    """Return the soft token indices of documents in the order they are used.
+
+    >>> _expand_spans(torch.tensor([2, 3]), torch.tensor([1, 0, 1]))
+    tensor([2, 3, 4, 0, 1, 2, 3, 4])
+    """
+    first = counts.cumsum(0) - counts
+    lengths = counts[use]
+    starts = first[use].repeat_interleave(lengths)
+    before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return starts + torch.arange(len(starts), device=counts.device) - before
+
+
+def _share_backbone(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return a second module tree over the decoder's own weights, to carry other adapters."""
+    backbone = decoder.base_model
+    return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
+
+
+def _keep_layers(model: PreTrainedModel, layers: int) -> None:
+    """Drop all but the first layers of a backbone."""
+    available = len(model.layers)
+    if not 1 <= layers <= available:
+        raise ValueError(f"compressor_layers is {layers}; the compressor has {available} layers.")
+    model.layers = model.layers[:layers]
+    # Models loop over as many layers as their config says, or over all there are.
+    model.config = copy.deepcopy(model.config)
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    add_special_tokens(tokenizer)
+    return tokenizer
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:
+    if tokenizer is None:
+        raise ValueError(
+            "The model has no tokenizers; load it with from_pretrained or build it with from_base."
+        )
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def _choose_dtypes(
+    config: SoftRAGConfig, dtype: torch.dtype | str, device: torch.device
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes of decoder and compressor."""
+    if isinstance(dtype, torch.dtype):
+        return dtype, dtype
+    if dtype != "auto":
+        raise ValueError(f"dtype is {dtype!r}; expected 'auto' or a torch.dtype.")
+    if device.type != "cpu":
+        return torch.bfloat16, torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    separate = not config.shares_backbone
+    return torch.float32, torch.bfloat16 if fast and separate else torch.float32
+
+
+AutoModel.register(SoftRAGConfig, SoftRAGModel, exist_ok=True)

@@ -1,0 +1,212 @@
+"""Sequences of different lengths as one row without padding, and the attention that reads it.
+
+`PACKED_ATTENTION` is an attention implementation for transformers' `AttentionInterface`. Given
+`cu_seq_lens` it treats one long row as many sequences; without, it is plain sdpa, so the same
+model still generates from padded batches. It knows nothing of compressors or decoders.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_ATTENTION = "softrag_packed"
+
+
+# (query, key, value, borders, longest, scale, window) -> output, each row-packed.
+Fused = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, "float | None", "int | None"],
+    torch.Tensor,
+]
+
+
+class Packed(NamedTuple):
+    """Where the real tokens of a padded batch are; T tokens in all.
+
+    Attributes:
+        index: `(T,)` positions in the flattened `(batch * tokens)` batch.
+        row: `(T,)` the row each token belongs to.
+        position: `(T,)` its position in that row, from 0.
+        cu_seq_lens: `(batch + 1,)` int32 borders of the rows.
+        lengths: `(batch,)` tokens of each row.
+        max_length: Tokens of the longest row.
+    """
+
+    index: torch.Tensor
+    row: torch.Tensor
+    position: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    lengths: torch.Tensor
+    max_length: int
+
+
+def pack(attention_mask: torch.Tensor) -> Packed:
+    """Find the real tokens of a `(batch, tokens)` mask, whichever side is padded."""
+    mask = attention_mask.bool()
+    lengths = mask.sum(dim=1)
+    index = mask.flatten().nonzero().squeeze(1)
+    position = (mask.cumsum(dim=1) - 1).flatten()[index]
+    cu_seq_lens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    # The width bounds the longest row without waiting for the device.
+    return Packed(
+        index, index // mask.shape[1], position, cu_seq_lens, lengths, attention_mask.shape[1]
+    )
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Tell whether a backbone's attention is plain (windowed) causal attention throughout."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    supported = getattr(model, "_supports_attention_backend", False)
+    return supported and not soft_capped and kinds <= {"full_attention", "sliding_attention"}
+
+
+def run_packed(
+    backbone: PreTrainedModel,
+    embeddings: torch.Tensor,
+    packed: Packed,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Run a backbone over packed rows and return its last hidden states.
+
+    Args:
+        backbone: A decoder-only model without head, set to `PACKED_ATTENTION`.
+        embeddings: `(T, hidden)`.
+        packed: Where the rows begin and end.
+        position_ids: `(T,)`.
+
+    Returns:
+        `(T, hidden)` states after the final norm.
+    """
+    output = backbone(
+        inputs_embeds=embeddings[None],
+        position_ids=position_ids[None],
+        # A mask of four dimensions is passed through unread: building the real one would take
+        # the square of all tokens.
+        attention_mask=embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool),
+        use_cache=False,
+        cu_seq_lens=packed.cu_seq_lens,
+        max_seq_len=packed.max_length,
+        # Chosen out here, because a compiled layer can't look for installed libraries.
+        packed_kernel=_fused_attention() if embeddings.is_cuda else None,
+    )
+    return output.last_hidden_state[0]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens: torch.Tensor | None = None,
+    max_seq_len: int | None = None,
+    packed_kernel: Fused | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend within each packed sequence; tensors are `(1, heads, T, head_dim)`.
+
+    Returns:
+        `(1, T, heads, head_dim)`, and None in the place of attention weights.
+    """
+    if cu_seq_lens is None or max_seq_len is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, dim)
+    window = None if sliding_window is None or sliding_window >= max_seq_len else sliding_window
+    if packed_kernel is not None and q.dtype in (torch.float16, torch.bfloat16):
+        output = packed_kernel(q, k, v, cu_seq_lens, max_seq_len, scaling, window)
+    else:
+        output = _sequence_by_sequence(q, k, v, cu_seq_lens, scaling, window)
+    return output[None], None
+
+
+@cache
+def _fused_attention() -> Fused | None:
+    """Choose flash-attn when installed, else torch's own variable-length kernel, else None."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        pass
+    else:
+
+        def flash(q, k, v, borders, longest, scale, window):  # noqa: ANN001, ANN202
+            left = -1 if window is None else window - 1
+            return flash_attn_varlen_func(
+                q, k, v, borders, borders, longest, longest,
+                softmax_scale=scale, causal=True, window_size=(left, 0),
+            )  # fmt: skip
+
+        return flash
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # The signature is young: causality was a flag before it was a window (0, in torch 2.10), and
+    # grouped heads got a flag in 2.13.
+    known = inspect.signature(varlen_attn).parameters
+
+    def varlen(q, k, v, borders, longest, scale, window):  # noqa: ANN001, ANN202
+        options: dict[str, Any] = {}
+        groups = q.shape[1] // k.shape[1]
+        if "enable_gqa" in known:
+            options["enable_gqa"] = groups > 1
+        elif groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if "window_size" in known:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        else:
+            if window is not None:
+                return _sequence_by_sequence(q, k, v, borders, scale, window)
+            options["is_causal"] = True
+        if "scale" in known:
+            options["scale"] = scale
+        elif scale is not None:
+            # The kernel divides by sqrt(head_dim); fold another scale into the queries.
+            q = q * (scale * q.shape[-1] ** 0.5)
+        return varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+
+    return varlen
+
+
+def _sequence_by_sequence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend to one sequence after the other: no padding, any device and dtype."""
+    outputs = []
+    borders = cu_seq_lens.tolist()
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        q_s, k_s, v_s = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
+        mask = None
+        if window is not None and end - start > window:
+            position = torch.arange(end - start, device=q.device)
+            distance = position[:, None] - position[None, :]
+            mask = (distance >= 0) & (distance < window)
+        output = nn.functional.scaled_dot_product_attention(
+            q_s, k_s, v_s, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=q_s.shape[1] != k_s.shape[1],
+        )  # fmt: skip
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,388 @@
+"""What the model promises: shapes, order, one result whatever the padding, save and load."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softrag.batch import collate_documents, collate_prompts
+from softrag.config import SoftRAGConfig
+from softrag.errors import CheckpointError, PlaceholderMismatchError
+from softrag.model import SoftRAGModel
+from softrag.prompt import DocumentPrompt, RagPrompt
+
+LORA = {"r": 4, "alpha": 8}
+TEXTS = ["Paris is the capital of France, and the Seine runs through it.", "Water boils."]
+
+
+def config_for(family: Path, **changes: object) -> SoftRAGConfig:
+    values: dict = {
+        "decoder": str(family),
+        "compressor": str(family),
+        "rate": 4,
+        "connector_hidden": 16,
+        "decoder_lora": LORA,
+    }
+    return SoftRAGConfig(**values | changes)
+
+
+def build(family: Path, **changes: object) -> SoftRAGModel:
+    return SoftRAGModel.from_base(config_for(family, **changes)).eval()
+
+
+def shake(model: SoftRAGModel, seed: int = 0) -> None:
+    """Give every trained weight a value of its own, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.trained_state().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    model.forget_fingerprint()
+
+
+def documents(model: SoftRAGModel, texts: list[str] = TEXTS) -> tuple[torch.Tensor, torch.Tensor]:
+    prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
+    question = "Where is it?" if model.config.query_dependent else None
+    return collate_documents([prompt.render(text, question) for text in texts], 0)
+
+
+VARIANTS = {
+    "separate": {},
+    "papers_readout": {"readout": "memory"},
+    "first_layer": {"compressor_layers": 1},
+    "compressor_lora": {"compressor_lora": LORA},
+    "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
+    "query_dependent": {"query_dependent": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_compressor_saves_loads_and_compresses_the_same(
+    tiny_llama: Path, tmp_path: Path, variant: str
+) -> None:
+    model = build(tiny_llama, **VARIANTS[variant])
+    shake(model)
+    expected = model.compress(*documents(model))
+
+    model.save_pretrained(tmp_path)
+    loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
+
+    assert loaded.fingerprint == model.fingerprint
+    torch.testing.assert_close(loaded.compress(*documents(loaded)), expected, rtol=0, atol=0)
+
+
+def test_all_families_compress_and_answer(tiny_family: Path) -> None:
+    model = build(tiny_family)
+    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    asked = [
+        rag.render("What boils?", [rows[0].n_memory]),
+        rag.render("Where is Paris, and who wrote Hamlet?", [rows[1].n_memory]),
+    ]
+    compressor = collate_documents(rows, 0)
+    decoder = collate_prompts(asked, 0, side="left")
+
+    soft_tokens = model.compress(*compressor)
+    answers = model.generate(
+        {
+            "compressor_input_ids": compressor.input_ids,
+            "compressor_attention_mask": compressor.attention_mask,
+            "decoder_input_ids": decoder.input_ids,
+            "decoder_attention_mask": decoder.attention_mask,
+        },
+        max_new_tokens=4,
+    )
+
+    assert soft_tokens.shape == (sum(row.n_memory for row in rows), model.decoder.config.hidden_size)
+    assert len(answers) == 2
+    assert all(isinstance(answer, str) for answer in answers)
+
+
+def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> None:
+    model = build(tiny_family)
+    together = model.compress(*documents(model))
+    alone = torch.cat([model.compress(*documents(model, [text])) for text in TEXTS])
+    input_ids, mask = documents(model)
+    wider = torch.nn.functional.pad(input_ids, (7, 3)), torch.nn.functional.pad(mask, (7, 3))
+
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.compress(*wider), together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("readout", ["memory", "window"])
+def test_packed_rows_equal_padded_rows(
+    tiny_family: Path, readout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = build(tiny_family, readout=readout)
+    monkeypatch.setattr("softrag.model.can_pack", lambda _: False)
+    padded = build(tiny_family, readout=readout)
+
+    expected = padded.compress(*documents(padded))
+
+    torch.testing.assert_close(packed.compress(*documents(packed)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Path) -> None:
+    from softrag.model import _Windows
+    from softrag.packing import pack
+
+    # One row of five text tokens and two memory tokens, after padding; then one without memory.
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
+    packed = pack(mask)
+    is_memory = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]).bool()
+    windows = _Windows.of(packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0])
+
+    assert windows.owner.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert windows.count.tolist() == [3, 2]
+    assert windows.end.tolist() == [2, 4]
+    values = torch.tensor([[3.0], [6.0], [0.0], [1.0], [3.0], [100.0], [100.0]])
+    assert windows.mean(values).tolist() == [[3.0], [2.0]]
+
+
+def test_the_window_readout_reaches_text_without_gradient_loss(tiny_llama: Path) -> None:
+    model = build(tiny_llama).train()
+    model.compress(*documents(model)).sum().backward()
+
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith(("compressor", "connector", "memory"))
+    )
+
+
+def test_the_connector_starts_at_the_size_of_token_embeddings(tiny_family: Path) -> None:
+    model = build(tiny_family)
+    soft_tokens = model.compress(*documents(model, TEXTS * 4))
+    words = model.decoder.get_input_embeddings().weight
+
+    ratio = soft_tokens.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()
+    assert 0.5 < ratio.item() < 2.0
+
+
+def test_too_few_soft_tokens_name_both_counts(tiny_llama: Path) -> None:
+    model = build(tiny_llama)
+    rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    input_ids, mask, _ = collate_prompts([rag.render("Who?", [3, 2])], 0, side="left")
+
+    with pytest.raises(PlaceholderMismatchError, match=r"5 <MEM> placeholders.* 4 soft tokens"):
+        model.embed_prompt(input_ids, mask, torch.zeros(4, model.decoder.config.hidden_size))
+
+
+def test_loss_is_that_of_the_answer_tokens_alone(tiny_family: Path) -> None:
+    model = build(tiny_family)
+    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    taught = [
+        rag.render("What boils?", [rows[0].n_memory], answer="Water"),
+        rag.render("Where?", [rows[1].n_memory], answer="In Paris, by the Seine"),
+    ]
+    batch = collate_prompts(taught, 0, side="right", learn=True)
+    compressor = collate_documents(rows, 0)
+    both = {
+        "decoder_input_ids": batch.input_ids,
+        "decoder_attention_mask": batch.attention_mask,
+        "compressor_input_ids": compressor.input_ids,
+        "compressor_attention_mask": compressor.attention_mask,
+    }
+
+    everything = model(**both).logits.log_softmax(-1)
+    learned = model(**both, labels=batch.labels)
+
+    total, count = 0.0, 0
+    for row, answer in enumerate(taught):
+        for position in range(answer.answer_start, len(answer.input_ids)):
+            total -= everything[row, position - 1, answer.input_ids[position]].item()
+            count += 1
+    assert learned.loss.item() == pytest.approx(total / count, rel=1e-4)
+    assert learned.logits.shape == (count, everything.shape[-1])
+
+
+def test_a_document_used_twice_is_compressed_once_and_filled_in_both_places(
+    tiny_llama: Path,
+) -> None:
+    model = build(tiny_llama)
+    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    lengths = [rows[1].n_memory, rows[0].n_memory, rows[1].n_memory]
+    prompt = collate_prompts([rag.render("Who?", lengths)], 0, side="right")
+    once, thrice = collate_documents(rows, 0), collate_documents([rows[1], rows[0], rows[1]], 0)
+
+    shared = model(
+        prompt.input_ids, prompt.attention_mask, *once, document_index=torch.tensor([1, 0, 1])
+    )
+    repeated = model(prompt.input_ids, prompt.attention_mask, *thrice)
+
+    torch.testing.assert_close(shared.logits, repeated.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_adapters_keeps_the_answers_and_a_shared_backbone_apart(tiny_llama: Path) -> None:
+    for variant in ("separate", "shared"):
+        model = build(tiny_llama, **VARIANTS[variant])
+        shake(model)
+        batch = documents(model)
+        before = model.compress(*batch)
+        ids = torch.arange(5, 25)[None]
+        logits = model.decoder(input_ids=ids).logits
+
+        model.merge_adapters()
+
+        torch.testing.assert_close(model.compress(*batch), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.decoder(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+        assert not any(".lora_" in name for name, _ in model.named_parameters())
+
+
+def test_only_new_tokens_connector_adapters_and_the_compressor_are_trained(tiny_llama: Path) -> None:
+    model = build(tiny_llama)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trained == set(model.trained_state())
+    assert "memory_embedding" in trained
+    assert "auto_encoding_embedding" in trained
+    assert "compressor.embed_tokens.weight" not in trained
+    assert "compressor.layers.1.mlp.up_proj.weight" in trained
+    assert {n for n in trained if n.startswith("decoder.")} == {
+        n for n in trained if n.startswith("decoder.") and ".lora_" in n
+    }
+
+
+def test_a_folder_with_adapters_holds_the_adapters_and_not_the_base(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    build(tiny_llama, compressor_lora=LORA).save_pretrained(tmp_path)
+
+    names = set(load_file(tmp_path / "model.safetensors"))
+
+    assert not [n for n in names if "base_layer" in n or "embed_tokens" in n or "lm_head" in n]
+    assert not list(tmp_path.glob("*.bin"))
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_eight_bit_storage_loads_what_its_fingerprint_says(tiny_llama: Path, tmp_path: Path) -> None:
+    model = build(tiny_llama)
+    shake(model)
+    exact = model.compress(*documents(model))
+
+    model.save_pretrained(tmp_path, storage="int8")
+    loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
+
+    assert load_file(tmp_path / "model.safetensors")[
+        "compressor.layers.0.mlp.up_proj.weight.difference"
+    ].dtype == torch.int8
+    assert loaded.fingerprint == json.loads((tmp_path / "config.json").read_text())["fingerprint"]
+    assert loaded.fingerprint != model.fingerprint
+    error = (loaded.compress(*documents(loaded)) - exact).norm() / exact.norm()
+    assert error.item() < 0.05
+
+
+def test_either_part_can_be_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    model = build(tiny_llama)
+    model.save_pretrained(tmp_path)
+
+    compressor = SoftRAGModel.from_pretrained(tmp_path, load_decoder=False)
+    decoder = SoftRAGModel.from_pretrained(tmp_path, load_compressor=False)
+
+    assert compressor.decoder is None
+    assert decoder.compressor is None
+    assert compressor.fingerprint == decoder.fingerprint == model.fingerprint
+    with pytest.raises(ValueError, match="compressor was not loaded"):
+        decoder.compress(*documents(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rate": 8},
+        {"max_document_tokens": 99},
+        {"readout": "memory"},
+        {"document_prompt": {"document": "Text: {document}", "document_with_question": "{document}"}},
+    ],
+)
+def test_the_fingerprint_covers_what_decides_a_memory(tiny_llama: Path, change: dict) -> None:
+    assert build(tiny_llama).fingerprint != build(tiny_llama, **change).fingerprint
+
+
+def test_the_fingerprint_covers_compressor_weights_but_not_the_decoder(tiny_llama: Path) -> None:
+    model, other = build(tiny_llama), build(tiny_llama)
+    assert model.fingerprint == other.fingerprint
+
+    with torch.no_grad():
+        other.decoder.model.layers[0].mlp.up_proj.lora_B.default.weight.add_(1)
+    other.forget_fingerprint()
+    assert model.fingerprint == other.fingerprint
+
+    with torch.no_grad():
+        other.connector.down.weight[0, 0] += 0.5
+    other.forget_fingerprint()
+    assert model.fingerprint != other.fingerprint
+
+
+class TestDamagedFolders:
+    @pytest.fixture
+    def folder(self, tiny_llama: Path, tmp_path: Path) -> Path:
+        build(tiny_llama).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_a_truncated_file_is_named(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[: math.floor(file.stat().st_size * 0.7)])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged"):
+            SoftRAGModel.from_pretrained(folder)
+
+    def test_a_missing_and_an_unknown_tensor_are_named(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["foreign"] = tensors.pop("connector.up.bias")
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"Missing: connector.up.bias. Unknown: foreign"):
+            SoftRAGModel.from_pretrained(folder)
+
+    def test_a_changed_weight_is_noticed(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["connector.up.bias"] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="fingerprint"):
+            SoftRAGModel.from_pretrained(folder)
+
+    def test_a_transposed_tensor_is_named_with_both_shapes(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["connector.up.weight"] = tensors["connector.up.weight"].T.contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"connector.up.weight .* is \("):
+            SoftRAGModel.from_pretrained(folder)
+
+    def test_another_base_model_is_noticed(self, folder: Path, tiny_family: Path) -> None:
+        if "llama" in tiny_family.name.lower():
+            pytest.skip("this is the base model it was trained on")
+        with pytest.raises((CheckpointError, ValueError)):
+            SoftRAGModel.from_pretrained(folder, base_model=tiny_family)
+
+    def test_an_unknown_field_in_the_config_is_an_error(self, folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ratee": 8}))
+        with pytest.raises(CheckpointError, match="ratee"):
+            SoftRAGModel.from_pretrained(folder)
+
+    def test_a_folder_of_another_kind_is_refused(self, tiny_llama: Path) -> None:
+        with pytest.raises(CheckpointError, match="model_type 'llama'"):
+            SoftRAGModel.from_pretrained(tiny_llama)
+
+    def test_a_path_that_does_not_exist_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="nowhere"):
+            SoftRAGModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(tiny_llama).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.compress(*documents(model)).pow(2).sum().backward()
+        gradients.append(model.memory_embedding.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
