@@ -80,6 +80,15 @@ class Hit:
     memory: Memory | None = None
 
 
+def document_text(title: str | None, text: str) -> str:
+    r"""Return a chunk as it is compressed, embedded and read: its title on a line of its own.
+
+    >>> document_text("Ada Lovelace", "She wrote it.")
+    'Ada Lovelace\nShe wrote it.'
+    """
+    return f"{title}\n{text}" if title else text
+
+
 def chunk_id(source: str | None, text: str) -> str:
     """Return the content address of a chunk, 32 hex digits: same source and text, same id."""
     digest = blake2b(digest_size=16)
@@ -89,3 +98,14 @@ def chunk_id(source: str | None, text: str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def document_text(title: str | None, text: str) -> str:
+    r"""Return a chunk as it is embedded and compressed: its title on a line of its own.
+
+    >>> document_text("Paris", "The capital of France.")
+    'Paris\nThe capital of France.'
+    >>> document_text(None, "The capital of France.")
+    'The capital of France.'
+    """
+    return f"{title}\n{text}" if title else text

@@ -1,0 +1,95 @@
+"""What every decode engine takes and gives. It knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from softrag.memory import Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """One question to answer.
+
+    Attributes:
+        question: As the user wrote it.
+        documents: What to answer from, best first: a memory is read as soft tokens, a string as
+            text. Empty: the model answers from what it knows.
+        max_new_tokens: Most tokens of the answer.
+        stop: Strings that end the answer; they are not part of it.
+        temperature: 0.0 takes the likeliest token; above it tokens are sampled.
+        seed: Makes sampling repeatable; None for a new one each time.
+    """
+
+    question: str
+    documents: Sequence[Memory | str] = ()
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()
+    temperature: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and that `stop` is no bare string."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0.0 or more, found {self.temperature}.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a list of non-empty strings, found {self.stop!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """One answer.
+
+    Attributes:
+        text: The answer, without what ended it.
+        prompt_tokens: Tokens the decoder read, soft tokens included.
+        soft_tokens: How many of them were soft.
+        completion_tokens: Tokens the decoder wrote, the one that ended the answer included.
+        first_token_s: Seconds from the start of the batch to the first token.
+        finish_reason: "stop" when the model or a stop string ended it, "length" when
+            `max_new_tokens` did.
+    """
+
+    text: str
+    prompt_tokens: int
+    soft_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    finish_reason: Literal["stop", "length"]
+
+
+class Decoder(Protocol):
+    """Reads prompts with memories in them and writes answers. Safe to call from several threads."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the compressor whose memories this decoder reads."""
+        ...
+
+    def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
+        """Count the prompt's tokens without running the model."""
+        ...
+
+    def generate(self, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        """Answer requests together; results in order, the same as one by one.
+
+        Raises:
+            MemoryMismatchError: A memory belongs to another model.
+            NonFiniteMemoryError: A memory holds NaN or infinity.
+            ValueError: A prompt and its answer do not fit the model.
+        """
+        ...
+
+    def stream(self, request: DecodeRequest) -> Generator[str, None, DecodeResult]:
+        """Answer in pieces of text, and return the result; closing the generator stops the model.
+
+        Raises:
+            MemoryMismatchError: A memory belongs to another model.
+            NonFiniteMemoryError: A memory holds NaN or infinity.
+            ValueError: The prompt and its answer do not fit the model.
+        """
+        ...

@@ -1,0 +1,148 @@
+"""What the compressor promises: one finite memory per document, in order, whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softrag.compressor import Compressor
+from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
+from softrag.memory import memory_key
+from softrag.model import SoftRAGModel
+from tests.checkpoints import build_model
+from tests.families import SENTENCES
+
+
+@pytest.fixture(scope="module")
+def model() -> SoftRAGModel:
+    return build_model()
+
+
+def test_memories_come_in_the_documents_order_in_bfloat16_on_the_cpu(model):
+    documents = ["Paris.", SENTENCES[2], "Water boils at 100 degrees."]
+
+    memories = Compressor(model).compress(documents)
+
+    lengths = [len(Compressor(model).prompt.tokenize(text)) for text in documents]
+    assert [memory.n_document_tokens for memory in memories] == lengths
+    assert [len(memory) for memory in memories] == [-(-length // 4) for length in lengths]
+    assert [memory.key for memory in memories] == [
+        memory_key(model.fingerprint, text) for text in documents
+    ]
+    for memory in memories:
+        assert memory.fingerprint == model.fingerprint
+        assert memory.values.dtype == torch.bfloat16
+        assert memory.values.device.type == "cpu"
+        assert memory.values.shape[1] == 32
+        # A slice would keep its whole batch alive.
+        assert memory.values.untyped_storage().nbytes() == memory.nbytes
+
+
+def test_a_memory_does_not_depend_on_its_neighbours(model):
+    together = Compressor(model).compress(SENTENCES)
+    alone = [Compressor(model).compress([text])[0] for text in SENTENCES]
+
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.values, b.values, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100])
+def test_batches_stay_below_their_padded_size(model, batch_tokens, monkeypatch):
+    seen = []
+    compress = model.compress
+
+    def watch(input_ids, attention_mask):
+        seen.append(tuple(input_ids.shape))
+        return compress(input_ids, attention_mask)
+
+    monkeypatch.setattr(model, "compress", watch)
+
+    memories = Compressor(model, batch_tokens).compress(SENTENCES)
+
+    assert len(memories) == len(SENTENCES)
+    assert sum(rows for rows, _ in seen) == len(SENTENCES)
+    # A single document that is longer than a batch gets one of its own.
+    assert all(rows == 1 or rows * width <= batch_tokens for rows, width in seen)
+
+
+def test_equal_documents_are_compressed_once(model, monkeypatch):
+    rows = []
+    compress = model.compress
+    monkeypatch.setattr(
+        model, "compress", lambda ids, mask: (rows.append(len(ids)), compress(ids, mask))[1]
+    )
+
+    first, other, again = Compressor(model).compress(["One.", "Two.", "One."])
+
+    assert sum(rows) == 2
+    assert first is again
+    assert first.key != other.key
+
+
+def test_no_documents_make_no_memories(model):
+    assert Compressor(model).compress([]) == []
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_document_is_refused_by_its_place(model, text):
+    with pytest.raises(EmptyDocumentError, match="Document 1 has no text"):
+        Compressor(model).compress(["Paris.", text])
+
+
+def test_a_document_that_is_too_long_is_refused_and_not_cut(model):
+    with pytest.raises(ValueError, match=r"longer than the 64 tokens .* Split it first"):
+        Compressor(model).compress(["Paris is a city. " * 50])
+
+
+def test_memory_tokens_written_in_a_document_are_text(model):
+    written, plain = Compressor(model).compress(["a <MEM> <MEM> <MEM> b", "a b"])
+
+    compressor = Compressor(model)
+    assert len(written) == -(-len(compressor.prompt.tokenize("a <MEM> <MEM> <MEM> b")) // 4)
+    assert len(written) > len(plain)
+
+
+def test_what_is_not_finite_is_never_returned():
+    model = build_model()
+    with torch.no_grad():
+        model.connector.down.bias.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteMemoryError, match=r"document 0 \('Paris\.'\)"):
+        Compressor(model).compress(["Paris."])
+
+
+def test_a_single_spoiled_document_is_named(model, monkeypatch):
+    compress = model.compress
+
+    def spoil(input_ids, attention_mask):
+        soft_tokens = compress(input_ids, attention_mask).clone()
+        soft_tokens[-1, 3] = float("inf")  # the shortest document comes last
+        return soft_tokens
+
+    monkeypatch.setattr(model, "compress", spoil)
+
+    with pytest.raises(NonFiniteMemoryError, match="document 1 "):
+        Compressor(model).compress([SENTENCES[0], "Paris.", SENTENCES[1]])
+
+
+def test_query_dependent_memories_need_a_question_each_and_depend_on_it():
+    compressor = Compressor(build_model(query_dependent=True))
+
+    first, second = compressor.compress(["Paris."] * 2, ["Where is it?", "What is it?"])
+
+    assert first.key == memory_key(compressor.fingerprint, "Paris.", "Where is it?")
+    assert not torch.equal(first.values, second.values)
+    with pytest.raises(ValueError, match="give one per document"):
+        compressor.compress(["Paris."])
+    with pytest.raises(ValueError, match="Found 1 questions for 2 documents"):
+        compressor.compress(["Paris.", "Rome."], ["Where?"])
+
+
+def test_questions_are_refused_where_they_would_be_ignored(model):
+    with pytest.raises(ValueError, match="leave questions out"):
+        Compressor(model).compress(["Paris."], ["Where?"])
+
+
+def test_one_text_instead_of_a_list_is_refused(model):
+    with pytest.raises(TypeError, match="found one text"):
+        Compressor(model).compress("Paris.")
