@@ -170,7 +170,7 @@ def _dequantise_smollm2(folder: Path) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    # GGUF names the pre-tokenizer ("smollm"), but transformers 5.23 does not know this name. What it
+    # GGUF names the pre-tokenizer ("smollm"), which transformers 5.23 does not know. What it
     # takes instead tears white space before a digit apart: "\n\n1" becomes "\n", "\n", "1".
     from tokenizers import pre_tokenizers
 
