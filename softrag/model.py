@@ -486,7 +486,7 @@ class SoftRAGModel(PreTrainedModel):
         if self.decoder is None:
             raise ValueError("The decoder was not loaded; use load_decoder=True.")
         if soft_tokens is None:
-            soft_tokens = self._soft_tokens(
+            soft_tokens = self.line_up_soft_tokens(
                 compressor_input_ids, compressor_attention_mask, document_index
             )
         embeddings = self.embed_prompt(decoder_input_ids, decoder_attention_mask, soft_tokens)
@@ -562,13 +562,22 @@ class SoftRAGModel(PreTrainedModel):
         )
         return output.last_hidden_state.flatten(0, 1)[slot]
 
-    def _soft_tokens(
+    def line_up_soft_tokens(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         document_index: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compress a batch's distinct documents and line them up as the prompts use them."""
+        """Compress a batch's distinct documents and line them up as the prompts use them.
+
+        Args:
+            input_ids: `(documents, tokens)`, or None for no documents.
+            attention_mask: `(documents, tokens)`, or None.
+            document_index: `(uses,)` as in `forward`.
+
+        Returns:
+            `(memory, decoder hidden)`, one row per placeholder.
+        """
         if input_ids is None or attention_mask is None:
             return self.auto_encoding_embedding.new_zeros((0, self._decoder_width))
         soft_tokens = self.compress(input_ids, attention_mask)

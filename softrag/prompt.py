@@ -203,6 +203,11 @@ class RagPrompt:
             ids += [*encode_text(self.tokenizer, answer.strip()), self._end]
         return PromptRow(ids, answer_start)
 
+    def render_memories(self, lengths: Sequence[int]) -> list[int]:
+        """Lay out memories alone, without a question: what pre-training reads."""
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return bos + self._render_documents(lengths)
+
     def _render_documents(self, documents: Sequence[int | str]) -> list[int]:
         ids: list[int] = []
         for index, document in enumerate(documents):

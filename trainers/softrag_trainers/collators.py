@@ -1,0 +1,303 @@
+"""Training rows to tensors. All token ids come from the core's prompts; none are made here.
+
+Subclass `MemoryCollator` and write `lesson` to teach something else: it says what is compressed
+and what the decoder reads.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from softrag.batch import IGNORED, collate_documents, collate_prompts
+from softrag.config import SoftRAGConfig
+from softrag.prompt import (
+    AUTO_ENCODING_TOKEN,
+    DocumentPrompt,
+    DocumentRow,
+    PromptRow,
+    RagPrompt,
+)
+from softrag_trainers.examples import QuestionRow
+
+
+class Lesson(NamedTuple):
+    """One training example before padding.
+
+    Attributes:
+        documents: What is compressed, in the order of the prompt's placeholders.
+        prompt: What the decoder reads; it learns from `answer_start` on.
+    """
+
+    documents: Sequence[DocumentRow]
+    prompt: PromptRow
+
+
+class MemoryCollator(ABC):
+    """Turn rows into the tensors of `SoftRAGModel.forward`.
+
+    Subclasses write `lesson`. Equal documents of a batch are compressed once.
+
+    Args:
+        config: The model's.
+        compressor_tokenizer: The model's.
+        decoder_tokenizer: The model's.
+        noise: Share of answer tokens that the decoder sees replaced by random ones while learning
+            the right ones, so that it reads the memories instead of its own last words.
+        seed: Of every random choice.
+    """
+
+    def __init__(
+        self,
+        config: SoftRAGConfig,
+        compressor_tokenizer: PreTrainedTokenizerBase,
+        decoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.decoder_tokenizer = decoder_tokenizer
+        self.document_prompt = DocumentPrompt.from_config(config, compressor_tokenizer)
+        self.rag_prompt = RagPrompt.from_config(config, decoder_tokenizer)
+        self.noise = noise
+        self.seed = seed
+        self._random: random.Random | None = None
+        # Padding is masked out everywhere; any id will do.
+        self._pad = 0
+
+    @abstractmethod
+    def lesson(self, row: Any) -> Lesson:  # noqa: ANN401 (subclasses name their row)
+        """Say what is compressed for a row, and what the decoder reads and learns."""
+
+    @property
+    def random(self) -> random.Random:
+        """A generator of its own for every data loading process."""
+        if self._random is None:
+            worker = torch.utils.data.get_worker_info()
+            self._random = random.Random(f"{self.seed}-{worker.seed if worker else 0}")
+        return self._random
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Collate rows.
+
+        Returns:
+            The arguments of `SoftRAGModel.forward`; the prompts are padded on the right.
+
+        Raises:
+            ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
+        """
+        lessons = [self._checked(row) for row in rows]
+        batch = collate_prompts(
+            [lesson.prompt for lesson in lessons], self._pad, side="right", learn=True
+        )
+        assert batch.labels is not None
+        tensors = {
+            "decoder_input_ids": self._with_noise(batch.input_ids, batch.labels),
+            "decoder_attention_mask": batch.attention_mask,
+            "labels": batch.labels,
+        }
+        distinct: dict[tuple[int, ...], int] = {}
+        used = [document for lesson in lessons for document in lesson.documents]
+        order = [distinct.setdefault(tuple(doc.input_ids), len(distinct)) for doc in used]
+        if used:
+            first = [used[order.index(index)] for index in range(len(distinct))]
+            documents = collate_documents(first, self._pad)
+            tensors |= {
+                "compressor_input_ids": documents.input_ids,
+                "compressor_attention_mask": documents.attention_mask,
+                "document_index": torch.tensor(order),
+            }
+        return tensors
+
+    def _checked(self, row: Any) -> Lesson:  # noqa: ANN401
+        lesson = self.lesson(row)
+        placeholders = lesson.prompt.input_ids.count(self.rag_prompt.memory_id)
+        soft_tokens = sum(document.n_memory for document in lesson.documents)
+        if placeholders != soft_tokens:
+            raise ValueError(
+                f"{type(self).__name__}.lesson made a prompt with {placeholders} <MEM> "
+                f"placeholders for documents of {soft_tokens} soft tokens. Give the prompt as many "
+                f"as the documents' n_memory add up to. The row: {str(row)[:200]}"
+            )
+        return lesson
+
+    def _with_noise(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not self.noise:
+            return input_ids
+        generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+        hit = (torch.rand(labels.shape, generator=generator) < self.noise) & (labels != IGNORED)
+        words = torch.randint(len(self.decoder_tokenizer) - 2, labels.shape, generator=generator)
+        return torch.where(hit, words, input_ids)
+
+
+class FineTuningCollator(MemoryCollator):
+    """Questions answered from memories.
+
+    Args:
+        config: The model's.
+        compressor_tokenizer: The model's.
+        decoder_tokenizer: The model's.
+        min_documents: The fewest documents a question is taught with; the gold ones stay.
+        max_documents: The most; None for all that the row has.
+        text_share: Share of questions that read their documents as text, so that one decoder
+            answers from both; 1 trains the text baseline.
+        seed: Of every random choice.
+    """
+
+    def __init__(
+        self,
+        config: SoftRAGConfig,
+        compressor_tokenizer: PreTrainedTokenizerBase,
+        decoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        min_documents: int = 5,
+        max_documents: int | None = None,
+        text_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config, compressor_tokenizer, decoder_tokenizer, seed=seed)
+        self.min_documents = min_documents
+        self.max_documents = max_documents
+        self.text_share = text_share
+
+    def lesson(self, row: QuestionRow) -> Lesson:
+        """Compress a question's documents; teach its first answer."""
+        documents = self._choose(row)
+        question, answer = row.question, row.answers[0]
+        for_question = question if self.config.query_dependent else None
+        rendered = [self.document_prompt.render(text, for_question) for text in documents]
+        if self.random.random() < self.text_share:
+            # Cut where the compressor would cut, so that both read the same.
+            texts = [self._cut(text, doc) for text, doc in zip(documents, rendered, strict=True)]
+            return Lesson([], self.rag_prompt.render(question, texts, answer))
+        lengths = [document.n_memory for document in rendered]
+        return Lesson(rendered, self.rag_prompt.render(question, lengths, answer))
+
+    def _choose(self, row: QuestionRow) -> list[str]:
+        most = min(self.max_documents or len(row.documents), len(row.documents))
+        count = self.random.randint(min(self.min_documents, most), most)
+        order = list(range(len(row.documents)))
+        gold = [index for index in order if row.gold[index]]
+        rest = [index for index in order if not row.gold[index]]
+        self.random.shuffle(rest)
+        kept = set((gold + rest)[: max(count, len(gold[:most]))])
+        chosen = [row.documents[index] for index in order if index in kept]
+        self.random.shuffle(chosen)
+        return chosen
+
+    def _cut(self, text: str, row: DocumentRow) -> str:
+        if not row.truncated:
+            return text
+        tokens = self.document_prompt.tokenize(text)[: row.n_document_tokens]
+        return str(self.document_prompt.tokenizer.decode(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Consecutive chunks of one text, as token ids of the compressor.
+
+    Attributes:
+        chunks: What is compressed, one memory each.
+        following: The tokens behind the last chunk; empty at the end of a text.
+    """
+
+    chunks: tuple[list[int], ...]
+    following: list[int] = field(default_factory=list)
+
+
+class PretrainingCollator(MemoryCollator):
+    """Texts reconstructed, continued or quoted from memories.
+
+    Auto-encoding and text continuation are the papers' two tasks (PISCO section 3, OSCAR section
+    3.3). Quoting is ours: some of the batch's other chunks stand around the right one, the decoder
+    is given a few words of it and learns what follows, which teaches it to find a passage among
+    several memories, as questions will ask it to.
+
+    Args:
+        config: The model's.
+        compressor_tokenizer: The model's.
+        decoder_tokenizer: The model's.
+        continuation: Share of lessons that continue the text.
+        quotation: Share of lessons that quote one chunk among several.
+        quoted_among: Chunks a quotation is to be found among.
+        noise: As in `MemoryCollator`, for auto-encoding and quoting.
+        seed: Of every random choice.
+    """
+
+    cue_tokens = 8
+    quotation_tokens = 32
+
+    def __init__(
+        self,
+        config: SoftRAGConfig,
+        compressor_tokenizer: PreTrainedTokenizerBase,
+        decoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        continuation: float = 0.15,
+        quotation: float = 0.0,
+        quoted_among: int = 4,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config, compressor_tokenizer, decoder_tokenizer, noise=noise, seed=seed)
+        if continuation + quotation > 1:
+            raise ValueError(
+                f"continuation ({continuation}) and quotation ({quotation}) add up to more than 1; "
+                "auto-encoding gets what they leave."
+            )
+        self.continuation = continuation
+        self.quotation = quotation
+        self.quoted_among = quoted_among
+        self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
+        self._auto_encoding_id = decoder_tokenizer.convert_tokens_to_ids(AUTO_ENCODING_TOKEN)
+        self._around: list[list[int]] = []
+
+    def __call__(self, rows: Sequence[TextPiece]) -> dict[str, torch.Tensor]:
+        """Collate rows; quotations are hidden among the batch's own chunks."""
+        self._around = [chunk for row in rows for chunk in row.chunks]
+        return super().__call__(rows)
+
+    def lesson(self, row: TextPiece) -> Lesson:
+        """Draw a task for a piece of text."""
+        draw = self.random.random()
+        if draw < self.continuation and row.following:
+            return self._lay_out(row.chunks, [], row.following, reconstruct=False)
+        if draw < self.continuation + self.quotation:
+            return self._quote(row)
+        whole = [token for chunk in row.chunks for token in chunk]
+        return self._lay_out(row.chunks, [], whole, reconstruct=True)
+
+    def _quote(self, row: TextPiece) -> Lesson:
+        chunk = self.random.choice(row.chunks)
+        others = [other for other in self._around if other is not chunk]
+        chunks = self.random.sample(others, min(self.quoted_among - 1, len(others)))
+        chunks.insert(self.random.randint(0, len(chunks)), chunk)
+        start = self.random.randint(0, max(0, len(chunk) - 2 * self.cue_tokens))
+        quoted = chunk[start : start + self.cue_tokens + self.quotation_tokens]
+        cue = min(self.cue_tokens, len(quoted) // 2)
+        return self._lay_out(chunks, quoted[:cue], quoted[cue:], reconstruct=True)
+
+    def _lay_out(
+        self, chunks: Sequence[list[int]], cue: list[int], learned: list[int], *, reconstruct: bool
+    ) -> Lesson:
+        documents = [self.document_prompt.render(chunk) for chunk in chunks]
+        memories = self.rag_prompt.render_memories([document.n_memory for document in documents])
+        task = [self._auto_encoding_id] if reconstruct else []
+        before = [*memories, *task, *self._for_decoder(cue)]
+        prompt = PromptRow(before + self._for_decoder(learned), len(before))
+        return Lesson(documents, prompt)
+
+    def _for_decoder(self, ids: list[int]) -> list[int]:
+        if self._same_tokens or not ids:
+            return ids
+        text = self.document_prompt.tokenizer.decode(ids)
+        return self.decoder_tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )

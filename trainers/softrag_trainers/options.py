@@ -1,0 +1,232 @@
+"""Options of a training run: Hydra structured configs. Unknown keys are errors.
+
+`recipes/` holds the shipped values; the command line overrides them (`data.samples=1000`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class Architecture:
+    """What is built from base models; see `softrag.SoftRAGConfig`.
+
+    Attributes:
+        decoder: Base language model that answers.
+        compressor: Base language model that compresses, or "shared".
+        compressor_layers: Keep only its first layers; null keeps all.
+        rate: Document tokens per soft token.
+        memory_tokens: A fixed number of soft tokens; null: by the rate.
+        max_document_tokens: Longest document of one memory.
+        readout: "memory" or "window".
+        connector_hidden: Width of the connector; null: no connector.
+        decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
+        compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
+        lora_alpha: Scale of the adapters, as a multiple of their rank.
+        lora_dropout: On the adapters' inputs.
+    """
+
+    decoder: str = "smollm2-135m-instruct"
+    compressor: str = "smollm2-135m-instruct"
+    compressor_layers: int | None = None
+    rate: int = 16
+    memory_tokens: int | None = None
+    max_document_tokens: int = 256
+    readout: str = "window"
+    connector_hidden: int | None = 2048
+    decoder_lora_r: int = 64
+    compressor_lora_r: int = 0
+    lora_alpha: float = 2.0
+    lora_dropout: float = 0.0
+
+
+@dataclass
+class Optimizer:
+    """AdamW with a learning rate for each part; linear warm-up and decay.
+
+    Attributes:
+        compressor_lr: Of the compressor.
+        connector_lr: Of the connector and the new tokens' embeddings.
+        decoder_lr: Of the decoder's adapters.
+        warmup: Share of the run with a rising learning rate.
+        weight_decay: AdamW's, on matrices only.
+        clip: Largest gradient norm.
+        batch_size: Rows a device reads at once.
+        accumulation: Batches per optimizer step.
+        epochs: Passes over the data.
+        steps: Optimizer steps instead of epochs; null: by epochs.
+        minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never.
+            For one process.
+    """
+
+    compressor_lr: float = 2e-4
+    connector_lr: float = 5e-4
+    decoder_lr: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    batch_size: int = 128
+    accumulation: int = 1
+    epochs: float = 1.0
+    steps: int | None = None
+    minutes: float | None = None
+
+
+@dataclass
+class Run:
+    """How a run is carried out.
+
+    Attributes:
+        seed: Of data order, initialisation and every other random choice.
+        bf16: Compute in bfloat16 over float32 trained weights; null: on a GPU.
+        compile: Compile the transformer layers.
+        gradient_checkpointing: Trade time for memory.
+        workers: Data loading processes.
+        log_every: Steps between log lines.
+        eval_every: Steps between evaluations; 0: only at the end.
+        eval_rows: Development rows for the loss, and for generated answers.
+        save_every: Steps between resumable checkpoints; 0: none but the final model.
+        resume: Continue from the last checkpoint in out_dir.
+        report_to: "none" or "tensorboard".
+        storage: How the final model is stored: "full" or "int8".
+    """
+
+    seed: int = 0
+    bf16: bool | None = None
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    log_every: int = 20
+    eval_every: int = 0
+    eval_rows: int = 200
+    save_every: int = 0
+    resume: bool = False
+    report_to: str = "none"
+    storage: str = "full"
+
+
+@dataclass
+class PretrainingData:
+    """Texts and tasks.
+
+    Attributes:
+        train: Files or folders of texts.
+        validation: Texts for the development loss; empty: the last rows of `train`.
+        samples: Use only so many texts; null: all.
+        min_chunk_tokens: Shortest chunk; lengths are drawn between it and max_chunk_tokens.
+        max_chunk_tokens: Longest chunk.
+        chunks: Most consecutive chunks of one lesson (multi-chunk auto-encoding).
+        continuation: Share of lessons that continue the text.
+        quotation: Share of lessons that quote one chunk among several.
+        noise: Share of the decoder's own input tokens replaced while it reconstructs.
+    """
+
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    samples: int | None = None
+    min_chunk_tokens: int = 128
+    max_chunk_tokens: int = 128
+    chunks: int = 1
+    continuation: float = 0.5
+    quotation: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass
+class QuestionData:
+    """Questions with their documents.
+
+    Attributes:
+        train: Files or folders of questions.
+        validation: Questions for the development loss and scores.
+        samples: Use only so many questions; null: all.
+        min_documents: Fewest documents a question is taught with.
+        max_documents: Most; null: all it has.
+        text_share: Share of questions that read their documents as text.
+        max_new_tokens: Of generated answers in evaluations.
+    """
+
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    samples: int | None = None
+    min_documents: int = 5
+    max_documents: int | None = None
+    text_share: float = 0.0
+    max_new_tokens: int = 64
+
+
+@dataclass
+class Pretrain:
+    """`python -m softrag_trainers pretrain out_dir=... data.train=[...]`.
+
+    Attributes:
+        out_dir: Where the model is written.
+        model: A checkpoint to continue from; null: start from the base models of `arch`.
+        arch: What to build.
+        data: Texts and tasks.
+        optimizer: Learning rates, batch, length.
+        run: How it is carried out.
+    """
+
+    out_dir: str = MISSING
+    model: str | None = None
+    arch: Architecture = field(default_factory=Architecture)
+    data: PretrainingData = field(default_factory=PretrainingData)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+@dataclass
+class Finetune:
+    """`python -m softrag_trainers finetune model=PRETRAINED out_dir=... data.train=[...]`.
+
+    Attributes:
+        out_dir: Where the model is written.
+        model: A checkpoint to start from; null: start from the base models of `arch`.
+        query_dependent: The compressor reads the question too (OSCAR); null: as the model says.
+        arch: What to build when there is no model.
+        data: Questions.
+        optimizer: Learning rates, batch, length.
+        run: How it is carried out.
+    """
+
+    out_dir: str = MISSING
+    model: str | None = None
+    query_dependent: bool | None = None
+    arch: Architecture = field(default_factory=Architecture)
+    data: QuestionData = field(default_factory=QuestionData)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+_STORE = ConfigStore.instance()
+_STORE.store(name="pretrain_schema", node=Pretrain)
+_STORE.store(name="finetune_schema", node=Finetune)
+
+
+def read_options(stage: str, overrides: list[str]) -> Any:  # noqa: ANN401 (Pretrain or Finetune)
+    """Compose a stage's options from a recipe and the command line.
+
+    Args:
+        stage: `"pretrain"` or `"finetune"`.
+        overrides: Hydra overrides, such as `["recipe=pisco", "data.samples=1000"]`; the recipe is
+            `demo` unless named.
+
+    Raises:
+        hydra.errors.HydraException: An override is malformed or names an unknown key, or there is
+            no such recipe.
+    """
+    recipe = "demo"
+    for override in list(overrides):
+        if override.startswith("recipe="):
+            recipe = override.removeprefix("recipe=")
+            overrides = [other for other in overrides if other != override]
+    with initialize_config_module("softrag_trainers.recipes", version_base="1.3"):
+        options = compose(config_name=f"{recipe}_{stage}", overrides=overrides)
+    return OmegaConf.to_object(options)

@@ -1,0 +1,344 @@
+"""The training loop: Hugging Face's, with softrag's loss, saving and learning rates."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from softrag import checkpoint
+from softrag.batch import IGNORED
+from softrag.errors import SoftRAGError
+from softrag.model import SoftRAGModel
+from softrag_trainers.collators import MemoryCollator
+from softrag_trainers.options import Optimizer, Run
+
+logger = logging.getLogger(__name__)
+
+Scores = Mapping[str, float]
+
+
+class DivergedError(SoftRAGError):
+    """The loss is no longer a number."""
+
+
+class SoftRAGTrainer(Trainer):
+    """Trains a `SoftRAGModel` on the lessons of a collator.
+
+    Every evaluation reports the development loss three times: with the right memories
+    (`eval_loss`), with another document's (`eval_loss_shuffled`) and with their average
+    (`eval_loss_without`). Memories that carry nothing show as three equal numbers.
+
+    Args:
+        model: What is trained, in float32.
+        options: Learning rates, batch and length.
+        run: How it is carried out.
+        out_dir: Where checkpoints go.
+        collator: Makes the batches.
+        train_rows: What the collator takes.
+        eval_rows: The same, held out.
+        score: Called with the model at every evaluation; its figures are logged.
+    """
+
+    def __init__(
+        self,
+        model: SoftRAGModel,
+        *,
+        options: Optimizer,
+        run: Run,
+        out_dir: str | Path,
+        collator: MemoryCollator,
+        train_rows: Dataset[Any],
+        eval_rows: Dataset[Any] | None = None,
+        score: Callable[[SoftRAGModel], Scores] | None = None,
+    ) -> None:
+        self.options = options
+        self.budget = _TimeBudget(options.minutes)
+        self.watch = _LossWatch(Path(out_dir))
+        self.score = score
+        bf16 = torch.cuda.is_available() if run.bf16 is None else run.bf16
+        evaluates = eval_rows is not None and run.eval_every > 0
+        arguments = TrainingArguments(
+            output_dir=str(out_dir),
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulation,
+            num_train_epochs=options.epochs,
+            max_steps=options.steps or -1,
+            max_grad_norm=options.clip,
+            weight_decay=options.weight_decay,
+            bf16=bf16,
+            seed=run.seed,
+            data_seed=run.seed,
+            dataloader_num_workers=run.workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            logging_steps=run.log_every,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=run.eval_every or None,
+            save_strategy="steps" if run.save_every else "no",
+            save_steps=run.save_every or 500,
+            report_to=run.report_to,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            gradient_checkpointing=run.gradient_checkpointing,
+            use_cpu=not torch.cuda.is_available(),
+            # A bar on a terminal, log lines in a pipe.
+            disable_tqdm=not sys.stderr.isatty(),
+            # A batch may hold no placeholder or no <AE>; its parameters then have no gradient.
+            ddp_find_unused_parameters=True,
+        )
+        if options.minutes is not None and arguments.world_size > 1:
+            raise ValueError(
+                "optimizer.minutes is for one process: several would stop at different steps. "
+                "Set optimizer.steps or optimizer.epochs instead."
+            )
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            callbacks=[self.budget, self.watch],
+        )
+        # The loss divides by the labels of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the parts' learning rates; vectors are not decayed."""
+        if self.optimizer is None:
+            rates = {
+                "compressor": self.options.compressor_lr,
+                "decoder": self.options.decoder_lr,
+            }
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in self._bare_model.named_parameters():
+                if parameter.requires_grad:
+                    rate = rates.get(name.split(".")[0], self.options.connector_lr)
+                    decay = self.options.weight_decay if parameter.ndim > 1 else 0.0
+                    groups.setdefault((rate, decay), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
+                betas=(0.9, 0.98),
+                fused=torch.cuda.is_available(),
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Linear warm-up and decay over the steps, or over the minutes if they end first."""
+        if self.lr_scheduler is None:
+            warmup = self.options.warmup
+
+            def factor(step: int) -> float:
+                done = max(step / max(1, num_training_steps), self.budget.share_spent())
+                rising = (done + 1 / max(1, num_training_steps)) / warmup if warmup else 1.0
+                return max(0.0, min(1.0, rising, (1 - done) / max(1e-9, 1 - warmup)))
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:  # noqa: ANN401 (Trainer's own contract)
+        """Mean loss of the answer tokens."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if model.training:
+            if num_items_in_batch is not None:
+                # Trainer divides over processes by averaging their gradients.
+                loss = loss * self.accelerator.num_processes
+            self.watch.note(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Dataset[Any] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the development loss with true, shuffled and no memories, then the scores."""
+        model = self._bare_model
+        was_training = model.training
+        model.eval()
+        started = time.perf_counter()
+        totals = {"": 0.0, "_shuffled": 0.0, "_without": 0.0}
+        labels = 0
+        for batch in self._eval_batches(eval_dataset):
+            with self.compute_loss_context_manager():
+                for kind, loss, count in _three_losses(model, batch):
+                    totals[kind] += loss
+                    labels += count if not kind else 0
+        metrics = {
+            f"{metric_key_prefix}_loss{kind}": total / max(1, labels)
+            for kind, total in totals.items()
+        }
+        if self.score is not None and self.is_world_process_zero():
+            with self.compute_loss_context_manager():
+                scores = self.score(model)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        seconds = time.perf_counter() - started
+        metrics[f"{metric_key_prefix}_seconds"] = seconds
+        self.watch.leave_out(seconds)
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _eval_batches(self, rows: Dataset[Any] | None) -> Iterator[dict[str, torch.Tensor]]:
+        # Every process sees all rows: the set is small and the result needs no gathering.
+        rows = self.eval_dataset if rows is None else rows
+        assert rows is not None and self.data_collator is not None
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(rows), size):  # type: ignore[arg-type]
+            stop = min(start + size, len(rows))  # type: ignore[arg-type]
+            batch = self.data_collator([rows[index] for index in range(start, stop)])
+            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
+    @property
+    def _bare_model(self) -> SoftRAGModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
+        folder = Path(output_dir or self.args.output_dir)
+        model = self._bare_model
+        model.forget_fingerprint()
+        model.save_pretrained(folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        checkpoint.load_weights(self._bare_model, Path(resume_from_checkpoint))
+
+
+def _three_losses(
+    model: SoftRAGModel, batch: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, float, int]]:
+    """Yield (kind, summed loss, labels) with true, shuffled and averaged memories."""
+    count = int((batch["labels"] != IGNORED).sum())
+    prompts = {
+        name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask", "labels")
+    }
+    soft_tokens = model.line_up_soft_tokens(
+        batch.get("compressor_input_ids"),
+        batch.get("compressor_attention_mask"),
+        batch.get("document_index"),
+    )
+    average = soft_tokens.mean(0, keepdim=True).expand_as(soft_tokens) if len(soft_tokens) else soft_tokens
+    kinds = {
+        "": soft_tokens,
+        # Half the batch away: another question's documents.
+        "_shuffled": soft_tokens.roll(len(soft_tokens) // 2, 0),
+        "_without": average,
+    }
+    for kind, values in kinds.items():
+        output = model(**prompts, soft_tokens=values, num_items_in_batch=1)
+        yield kind, float(output.loss), count
+
+
+class _TimeBudget(TrainerCallback):
+    """Ends a run after so many minutes of training."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = None if minutes is None else minutes * 60
+        self.started: float | None = None
+
+    def share_spent(self) -> float:
+        if self.seconds is None or self.started is None:
+            return 0.0
+        return min(1.0, (time.monotonic() - self.started) / self.seconds)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # From the end of the first step: compilation is no training.
+        if self.started is None:
+            self.started = time.monotonic()
+        if self.share_spent() >= 1.0:
+            control.should_training_stop = True
+
+
+class _LossWatch(TrainerCallback):
+    """Counts real tokens and stops the run when a loss is not finite, keeping the batch.
+
+    The loss of a step is looked at one step later, so that the device need not be waited for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokens = 0
+        self._since: float | None = None
+        self._pending: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._counts: list[torch.Tensor] = []
+
+    def note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        masks = [inputs[name] for name in inputs if name.endswith("attention_mask")]
+        self._counts.append(torch.stack([mask.sum() for mask in masks]).sum())
+        self._pending.append((loss.detach(), inputs))
+        while len(self._pending) > 1:
+            self._check(*self._pending.pop(0))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # The first steps compile; the clock starts behind them.
+        if state.global_step == 5:
+            self._drain()
+            self.tokens, self._since = 0, time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self._drain()
+        if logs is not None and "loss" in logs and self._since is not None:
+            elapsed = time.perf_counter() - self._since
+            logs["tokens_per_second"] = round(self.tokens / max(1e-9, elapsed))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        while self._pending:
+            self._check(*self._pending.pop(0))
+
+    def leave_out(self, seconds: float) -> None:
+        """Don't count so much time, such as an evaluation's, in the speed."""
+        if self._since is not None:
+            self._since += seconds
+
+    def _drain(self) -> None:
+        self.tokens += int(sum(int(count) for count in self._counts))
+        self._counts.clear()
+
+    def _check(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        if torch.isfinite(loss):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "diverged_batch.safetensors"
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, path)
+        raise DivergedError(
+            f"The loss is {float(loss)}. The batch that caused it is in {path}. Lower the learning "
+            "rates or optimizer.clip, and check run.bf16."
+        )
