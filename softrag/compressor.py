@@ -1,4 +1,4 @@
-"""The compressor at work: texts in, memories out, in batches. It knows nothing of stores and answers."""
+"""The compressor at work: texts in, memories out, in batches. It knows no store."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Compressor:
     ) -> None:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
+        if model.compressor_tokenizer is None:
+            raise ValueError("The model has no tokenizer; load it with from_pretrained.")
         self.model = model
         self.batch_tokens = batch_tokens
         self.prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
@@ -71,14 +73,11 @@ class Compressor:
                 or not wanted.
         """
         asked = self._check_questions(documents, questions)
-        keys = [
-            self.key(text, question) for text, question in zip(documents, asked, strict=True)
-        ]
+        keys = [self.key(text, question) for text, question in zip(documents, asked, strict=True)]
         # The first place of each distinct document.
         places = {key: place for place, key in reversed(list(enumerate(keys)))}
         rows = {
-            place: self._render(documents[place], asked[place], place)
-            for place in places.values()
+            place: self._render(documents[place], asked[place], place) for place in places.values()
         }
         memories: dict[str, Memory] = {}
         for batch in self._batches(rows):
@@ -104,7 +103,9 @@ class Compressor:
             raise TypeError("documents must be a sequence of texts, found one text: wrap it in [].")
         if self.query_dependent:
             if questions is None:
-                raise ValueError("This checkpoint compresses for a question: give one per document.")
+                raise ValueError(
+                    "This checkpoint compresses for a question: give one per document."
+                )
             if len(questions) != len(documents):
                 raise ValueError(
                     f"Found {len(questions)} questions for {len(documents)} documents; "
@@ -148,7 +149,7 @@ class Compressor:
     def _run(self, rows: list[DocumentRow]) -> list[torch.Tensor]:
         """Return one `(memory, hidden)` bfloat16 tensor on the CPU per row."""
         # What padding holds is masked; some tokenizers have no token for it.
-        batch = collate_documents(rows, self.model.compressor_tokenizer.pad_token_id or 0)
+        batch = collate_documents(rows, self.prompt.tokenizer.pad_token_id or 0)
         device = self.model.device
         with self._lock, torch.no_grad():
             soft_tokens = self.model.compress(

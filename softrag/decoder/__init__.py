@@ -1,6 +1,6 @@
 """Decoders: memories and a question in, an answer out. They know nothing of stores."""
 
-from softrag.decoder.base import DecodeRequest, DecodeResult, Decoder
+from softrag.decoder.base import Decoder, DecodeRequest, DecodeResult
 from softrag.decoder.torch import TorchDecoder
 
 __all__ = ["DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"]

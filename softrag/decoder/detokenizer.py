@@ -43,12 +43,13 @@ class Detokenizer:
     def _decode(self) -> str:
         # All ids each time: what one token spells depends on its neighbours (leading spaces,
         # bytes of a character), and a few hundred ids take microseconds.
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return str(text)
 
     def _undecided(self, text: str) -> int:
-        """Length of the longest end of the text, as far as it is certain, that begins a stop string."""
+        """Return the length of the longest end of the certain text that begins a stop string."""
         text = text.rstrip("\ufffd")
         return max(
             (

@@ -43,16 +43,20 @@ class TorchDecoder:
         batch_size: int = 64,
         lock: threading.Lock | None = None,
     ) -> None:
+        if model.decoder is None or model.decoder_tokenizer is None:
+            raise ValueError("The decoder was not loaded; use load_decoder=True.")
         self.model = model
         self.batch_tokens = batch_tokens
         self.batch_size = batch_size
         self.prompt = RagPrompt.from_config(model.config, model.decoder_tokenizer)
         self._end_ids = self.prompt.end_ids
         # What padding holds is masked; some tokenizers have no token for it.
-        self._pad_id = model.decoder_tokenizer.pad_token_id or 0
+        self._pad_id = self.prompt.tokenizer.pad_token_id or 0
         self._lock = lock or threading.Lock()
         with self._lock:
             model.merge_adapters()
+        self._decoder = model.decoder
+        self._width: int = model.decoder.config.hidden_size
 
     @property
     def fingerprint(self) -> str:
@@ -92,9 +96,9 @@ class TorchDecoder:
         row = _Row(
             request,
             self._render(request.question, request.documents),
-            Detokenizer(self.model.decoder_tokenizer, request.stop),
+            Detokenizer(self.prompt.tokenizer, request.stop),
         )
-        limit = getattr(self.model.decoder.config, "max_position_embeddings", None)
+        limit = getattr(self._decoder.config, "max_position_embeddings", None)
         wanted = len(row.prompt.input_ids) + request.max_new_tokens
         if limit is not None and wanted > limit:
             raise ValueError(
@@ -107,9 +111,9 @@ class TorchDecoder:
     def _check(self, memory: Memory) -> None:
         if memory.fingerprint != self.fingerprint:
             raise MemoryMismatchError(
-                f"Memory {memory.key} was made by compressor {memory.fingerprint}, but this decoder "
-                f"reads {self.fingerprint}. Compress the documents again with the loaded model, or "
-                "load the model the memory was made with."
+                f"Memory {memory.key} was made by compressor {memory.fingerprint}, but this "
+                f"decoder reads {self.fingerprint}. Compress the documents again with the loaded "
+                "model, or load the model the memory was made with."
             )
         # Checked here as well as when it is made: one NaN in a batch or a shared cache can spoil
         # answers that have nothing to do with it.
@@ -155,7 +159,7 @@ class TorchDecoder:
     @torch.no_grad()
     def _prefill(self, rows: list[_Row]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
         """Return the cache, the mask `(rows, tokens)` and the next logits `(rows, vocabulary)`."""
-        decoder, device = self.model.decoder, self.model.device
+        device = self.model.device
         memories = [
             document.values
             for row in rows
@@ -165,15 +169,14 @@ class TorchDecoder:
         # Pad on the left, so that every answer begins at the same place.
         batch = collate_prompts([row.prompt for row in rows], self._pad_id, side="left")
         mask = batch.attention_mask.to(device)
-        cache = DynamicCache(config=decoder.config)
+        cache = DynamicCache(config=self._decoder.config)
         with self._lock:
-            words = decoder.get_input_embeddings().weight
             soft_tokens = (
-                torch.cat(memories).to(device) if memories else words.new_empty(0, words.shape[1])
+                torch.cat(memories) if memories else torch.zeros(0, self._width)
             )  # (soft tokens of all rows, hidden)
-            logits = decoder(
+            logits = self._decoder(
                 inputs_embeds=self.model.embed_prompt(
-                    batch.input_ids.to(device), mask, soft_tokens
+                    batch.input_ids.to(device), mask, soft_tokens.to(device)
                 ),
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
@@ -187,7 +190,7 @@ class TorchDecoder:
     def _step(self, tokens: list[int], cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
         """Feed one token per row and return the next logits, `(rows, vocabulary)`."""
         with self._lock:
-            logits = self.model.decoder(
+            logits = self._decoder(
                 input_ids=torch.tensor(tokens, device=mask.device)[:, None],
                 attention_mask=mask,
                 position_ids=mask.sum(-1, keepdim=True) - 1,
@@ -250,9 +253,7 @@ class _Row:
             text=self._detokenizer.text,
             prompt_tokens=len(self.prompt.input_ids),
             soft_tokens=sum(
-                len(document)
-                for document in self.request.documents
-                if isinstance(document, Memory)
+                len(document) for document in self.request.documents if isinstance(document, Memory)
             ),
             completion_tokens=self._n_tokens,
             first_token_s=self._first_token_s,

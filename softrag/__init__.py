@@ -1,0 +1,128 @@
+"""Answer from memories instead of text: RAG with documents compressed into soft tokens.
+
+Names are loaded when they are first used: the models behind some of them take seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softrag.answer import AddError, AddReport, Answer, AnswerStream, Mode, Timings, Usage
+    from softrag.asynchronous import AsyncAnswerStream
+    from softrag.compressor import Compressor
+    from softrag.config import SoftRAGConfig
+    from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
+    from softrag.documents import Chunk, Document, Hit
+    from softrag.embedder import Embedder, default_embedder
+    from softrag.engine import SoftRAG
+    from softrag.errors import (
+        CheckpointError,
+        EmptyDocumentError,
+        MemoryCodecError,
+        MemoryMismatchError,
+        MissingExtraError,
+        NonFiniteMemoryError,
+        PlaceholderMismatchError,
+        SoftRAGError,
+        StoreError,
+        UnknownHandleError,
+        UnreadableFileError,
+    )
+    from softrag.handles import MemoryCache, escape_handles, find_handles, make_handle
+    from softrag.memory import Memory, memory_key
+    from softrag.model import SoftRAGModel
+    from softrag.store import MemoryStore, StoreInfo
+    from softrag.text import clean_text, split_text
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddError",
+    "AddReport",
+    "Answer",
+    "AnswerStream",
+    "AsyncAnswerStream",
+    "CheckpointError",
+    "Chunk",
+    "Compressor",
+    "DecodeRequest",
+    "DecodeResult",
+    "Decoder",
+    "Document",
+    "Embedder",
+    "EmptyDocumentError",
+    "Hit",
+    "Memory",
+    "MemoryCache",
+    "MemoryCodecError",
+    "MemoryMismatchError",
+    "MemoryStore",
+    "MissingExtraError",
+    "Mode",
+    "NonFiniteMemoryError",
+    "PlaceholderMismatchError",
+    "SoftRAG",
+    "SoftRAGConfig",
+    "SoftRAGError",
+    "SoftRAGModel",
+    "StoreError",
+    "StoreInfo",
+    "Timings",
+    "TorchDecoder",
+    "UnknownHandleError",
+    "UnreadableFileError",
+    "Usage",
+    "clean_text",
+    "default_embedder",
+    "escape_handles",
+    "find_handles",
+    "make_handle",
+    "memory_key",
+    "split_text",
+]
+
+_HOMES = {
+    "answer": ("AddError", "AddReport", "Answer", "AnswerStream", "Mode", "Timings", "Usage"),
+    "asynchronous": ("AsyncAnswerStream",),
+    "compressor": ("Compressor",),
+    "config": ("SoftRAGConfig",),
+    "decoder": ("DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"),
+    "documents": ("Chunk", "Document", "Hit"),
+    "embedder": ("Embedder", "default_embedder"),
+    "engine": ("SoftRAG",),
+    "errors": (
+        "CheckpointError",
+        "EmptyDocumentError",
+        "MemoryCodecError",
+        "MemoryMismatchError",
+        "MissingExtraError",
+        "NonFiniteMemoryError",
+        "PlaceholderMismatchError",
+        "SoftRAGError",
+        "StoreError",
+        "UnknownHandleError",
+        "UnreadableFileError",
+    ),
+    "handles": ("MemoryCache", "escape_handles", "find_handles", "make_handle"),
+    "memory": ("Memory", "memory_key"),
+    "model": ("SoftRAGModel",),
+    "store": ("MemoryStore", "StoreInfo"),
+    "text": ("clean_text", "split_text"),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - modules hold all kinds
+    """Import a public name from the module it lives in."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,209 @@
+"""From a question and its chunks to a decoder request, and from its result to an answer.
+
+It knows no store: what was retrieved is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple, get_args
+
+from softrag.answer import Answer, Mode, Timings, Usage
+from softrag.compressor import Compressor
+from softrag.decoder import Decoder, DecodeRequest, DecodeResult
+from softrag.documents import Hit, document_text
+from softrag.errors import EmptyDocumentError
+from softrag.memory import Memory
+from softrag.text import split_text
+
+Source = Hit | Memory | str
+"""What an answer can be made from: a retrieved chunk, a memory, or a text."""
+
+
+class Decoding(NamedTuple):
+    """How to write answers; the fields are those of `DecodeRequest`."""
+
+    max_new_tokens: int
+    stop: Sequence[str] | None
+    temperature: float
+    seed: int | None
+
+
+class Question(NamedTuple):
+    """A question with what was found for it.
+
+    Attributes:
+        text: As the user wrote it.
+        sources: What to answer from, best first.
+        started: `perf_counter` when it was asked.
+        retrieve_s: Seconds it took to find the sources.
+    """
+
+    text: str
+    sources: Sequence[Source]
+    started: float
+    retrieve_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A question with everything the decoder needs."""
+
+    request: DecodeRequest
+    question: Question
+    mode: Mode
+    text_prompt_tokens: int | None
+    compress_s: float
+
+    @property
+    def hits(self) -> list[Hit]:
+        """The sources that are stored chunks."""
+        return [source for source in self.question.sources if isinstance(source, Hit)]
+
+    def answer(self, result: DecodeResult) -> Answer:
+        """Return the answer with its sources and costs; the clock stops here."""
+        return Answer(
+            text=result.text,
+            sources=self.hits,
+            usage=Usage(
+                prompt_tokens=result.prompt_tokens,
+                soft_tokens=result.soft_tokens,
+                text_prompt_tokens=self.text_prompt_tokens,
+                completion_tokens=result.completion_tokens,
+            ),
+            timings=Timings(
+                retrieve_s=self.question.retrieve_s,
+                compress_s=self.compress_s,
+                first_token_s=result.first_token_s,
+                total_s=perf_counter() - self.question.started,
+            ),
+            mode=self.mode,
+            finish_reason=result.finish_reason,
+        )
+
+    def stream(self, decoder: Decoder) -> Generator[str, None, Answer]:
+        """Yield the answer's text and return the answer."""
+        result = yield from decoder.stream(self.request)
+        return self.answer(result)
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode that does not exist."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; found {mode!r}.")
+
+
+def prepare(
+    questions: Sequence[Question],
+    *,
+    mode: Mode,
+    decoding: Decoding,
+    decoder: Decoder,
+    compressor: Compressor | None,
+) -> list[Prepared]:
+    """Turn questions into decoder requests; missing memories are made, all in one go.
+
+    Raises:
+        EmptyDocumentError: A source has no text.
+        ValueError: A question is blank, or a memory is missing and there is no compressor, or a
+            memory came without the text that mode "text" reads.
+    """
+    check_mode(mode)
+    for question in questions:
+        if not question.text.strip():
+            raise ValueError("The question is blank; expected some text.")
+    started = perf_counter()
+    documents: list[list[Memory | str]]
+    if mode == "memory":
+        documents = _memories(questions, compressor)
+    elif mode == "text":
+        documents = [[_text(source) for source in question.sources] for question in questions]
+    else:
+        documents = [[] for _ in questions]
+    compress_s = perf_counter() - started
+    return [
+        Prepared(
+            request=DecodeRequest(
+                question=question.text,
+                documents=tuple(read),
+                max_new_tokens=decoding.max_new_tokens,
+                stop=decoding.stop or (),
+                temperature=decoding.temperature,
+                seed=decoding.seed,
+            ),
+            question=question,
+            mode=mode,
+            text_prompt_tokens=_text_prompt_tokens(question, mode, decoder),
+            compress_s=compress_s if mode == "memory" else 0.0,
+        )
+        for question, read in zip(questions, documents, strict=True)
+    ]
+
+
+def _memories(
+    questions: Sequence[Question], compressor: Compressor | None
+) -> list[list[Memory | str]]:
+    """Return the memories of every question's sources, making those that are missing."""
+    pieces: list[str] = []
+    asked: list[str] = []
+    plan: list[list[Memory | slice]] = []
+    for question in questions:
+        steps: list[Memory | slice] = []
+        for source in question.sources:
+            memory = source.memory if isinstance(source, Hit) else source
+            if isinstance(memory, Memory):
+                steps.append(memory)
+                continue
+            split = split_for(compressor, _text(source))
+            steps.append(slice(len(pieces), len(pieces) + len(split)))
+            pieces += split
+            asked += [question.text] * len(split)
+        plan.append(steps)
+    made: list[Memory] = []
+    if pieces and compressor is not None:
+        made = compressor.compress(pieces, asked if compressor.query_dependent else None)
+    return [
+        [
+            memory
+            for step in steps
+            for memory in ([step] if isinstance(step, Memory) else made[step])
+        ]
+        for steps in plan
+    ]
+
+
+def split_for(compressor: Compressor | None, text: str) -> list[str]:
+    """Return a text in pieces that the compressor reads whole."""
+    if compressor is None:
+        raise ValueError(
+            "A source has no memory and no compressor is loaded to make it. Load with "
+            "load_compressor=True, or ask in mode 'text'."
+        )
+    if not text.strip():
+        raise EmptyDocumentError("A source has no text, so there is nothing to compress.")
+    limit = compressor.model.config.max_document_tokens
+    if len(compressor.prompt.tokenize(text)) <= limit:
+        return [text]
+    return [piece.text for piece in split_text(text, compressor.prompt.tokenizer, limit)]
+
+
+def _text(source: Source) -> str:
+    if isinstance(source, Hit):
+        return document_text(source.title, source.text)
+    if isinstance(source, str):
+        return source
+    raise ValueError(
+        f"Memory {source.key} came without its text. Pass the hit that holds both, or ask in mode "
+        "'memory'."
+    )
+
+
+def _text_prompt_tokens(question: Question, mode: Mode, decoder: Decoder) -> int | None:
+    """Count what the prompt would have cost with text; None when a text is not known."""
+    if mode == "closed":
+        return decoder.prompt_tokens(question.text, [])
+    if any(isinstance(source, Memory) for source in question.sources):
+        return None
+    return decoder.prompt_tokens(question.text, [_text(source) for source in question.sources])

@@ -1,0 +1,128 @@
+"""`softrag demo`: ten questions about the shipped documents, from memories and from text."""
+
+from __future__ import annotations
+
+import json as json_module
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from softrag.cli.index import add_files, print_report
+from softrag.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_STORE,
+    DEMO,
+    Device,
+    Json,
+    Model,
+    Store,
+    load_engine,
+)
+
+if TYPE_CHECKING:
+    from softrag.answer import Answer
+    from softrag.engine import SoftRAG
+
+MAX_NEW_TOKENS = 48
+
+
+def demo(
+    store: Store = DEFAULT_STORE,
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Index the shipped documents and answer ten questions from memories and from text."""
+    from softrag.cli.show import answer_values, print_json, report_values
+
+    console = Console(quiet=json)
+    questions = read_questions()
+    with load_engine(model, store, device=device, create=True) as engine:
+        console.print("Compressing the documents into memories …", style="dim")
+        report = add_files(engine, [DEMO / "corpus"], quiet=json)
+        if not json:
+            print_report(report, store)
+        # The first answer would otherwise pay for starting the libraries' threads.
+        engine.ask(questions[0], mode="closed", max_new_tokens=1)
+        pairs = [
+            (question, *_ask_both(console, engine, number, question))
+            for number, question in enumerate(questions, 1)
+        ]
+    if json:
+        print_json(
+            {
+                "index": report_values(report),
+                "questions": [
+                    {
+                        "question": question,
+                        "memory": answer_values(question, memory),
+                        "text": answer_values(question, text),
+                    }
+                    for question, memory, text in pairs
+                ],
+            }
+        )
+        return
+    _print_summary(console, [(memory, text) for _, memory, text in pairs])
+    _print_next(console, store)
+
+
+def read_questions() -> list[str]:
+    """Return the demo's questions: strings, or objects with a `question`."""
+    listed: list[Any] = json_module.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
+    return [each if isinstance(each, str) else each["question"] for each in listed]
+
+
+def _ask_both(
+    console: Console, engine: SoftRAG, number: int, question: str
+) -> tuple[Answer, Answer]:
+    """Answer a question from memories, streaming, and from the same chunks as text."""
+    from softrag.cli.show import costs, print_sources, print_stream
+
+    console.print()
+    console.rule(Text(f"{number}. {question}", style="bold"), align="left")
+    console.print("from memories: ", style="green", end="")
+    stream = engine.stream(question, max_new_tokens=MAX_NEW_TOKENS)
+    print_stream(console, stream)
+    memory = stream.answer
+    text = engine.answer_from(question, memory.sources, mode="text", max_new_tokens=MAX_NEW_TOKENS)
+    console.print(Text.assemble(("from text:     ", "blue"), text.text.strip()))
+    console.print(costs(memory), style="dim", highlight=False)
+    print_sources(console, memory.sources[:3])
+    return memory, text
+
+
+def _print_summary(console: Console, pairs: list[tuple[Answer, Answer]]) -> None:
+    memories, texts = zip(*pairs, strict=True)
+    table = Table(title=f"{len(pairs)} questions, means", box=None, padding=(0, 2), pad_edge=False)
+    for name in ("", "prompt tokens", "to first word", "in all"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, answers in (("memories", memories), ("text", texts)):
+        table.add_row(
+            name,
+            f"{mean(answer.usage.prompt_tokens for answer in answers):.0f}",
+            f"{mean(answer.timings.first_token_s for answer in answers):.2f} s",
+            f"{mean(answer.timings.total_s for answer in answers):.2f} s",
+        )
+    console.print()
+    console.print(table)
+
+
+def _print_next(console: Console, store: str) -> None:
+    option = "" if store == DEFAULT_STORE else f" --store {store}"
+    console.print()
+    console.print(
+        Panel.fit(
+            Text(
+                f'softrag ask "Who was Charles Darwin?"{option}\n'
+                f'softrag ask "…" --mode text{option}\n'
+                f"softrag index YOUR_FOLDER{option}\n"
+                f"softrag chat{option}"
+            ),
+            title="Now ask your own",
+        )
+    )

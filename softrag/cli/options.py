@@ -1,0 +1,96 @@
+"""Options that several commands share, and the engine they ask for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from softrag.errors import StoreError
+
+if TYPE_CHECKING:
+    from softrag.engine import SoftRAG
+
+DEMO = Path(__file__).parent.parent / "demo"
+"""What ships for trying out: `checkpoint/`, `corpus/`, `questions.json`."""
+
+DEFAULT_STORE = "softrag_store"
+DEFAULT_MODEL = str(DEMO / "checkpoint")
+
+Store = Annotated[
+    str,
+    typer.Option(
+        envvar="SOFTRAG_STORE", help="Folder of the store, or the URL of a Qdrant server."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        envvar="SOFTRAG_MODEL",
+        help="Checkpoint: a folder or a hub name. The demo model unless given.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(envvar="SOFTRAG_DEVICE", help="Where the model runs, such as cpu or cuda:0."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many chunks to answer from.")]
+ModeName = Annotated[
+    Literal["memory", "text", "closed"],
+    typer.Option(help="What is read of the chunks: memories, texts, or nothing."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+
+
+def load_engine(
+    model: str,
+    store: str,
+    *,
+    device: str | None,
+    codec: str | None = None,
+    load_decoder: bool = True,
+    chunk_tokens: int | None = None,
+    create: bool = False,
+) -> SoftRAG:
+    """Load the engine for a command.
+
+    Args:
+        model: Checkpoint.
+        store: Folder or URL.
+        device: As the option.
+        codec: Of a new store.
+        load_decoder: False to index only.
+        chunk_tokens: Longest chunk.
+        create: Whether a store folder that does not exist is made.
+
+    Raises:
+        StoreError: The folder does not exist and `create` is false.
+    """
+    if not create and "://" not in store and not Path(store).exists():
+        raise StoreError(
+            f"There is no store at {store}. Make one first: softrag index PATH --store {store}"
+        )
+    # Imported here: `softrag --help` should not wait for the models' libraries.
+    from softrag.engine import SoftRAG
+
+    hush_transformers()
+    return SoftRAG.from_pretrained(
+        model,
+        store=store,
+        device=device,
+        codec=codec,
+        load_decoder=load_decoder,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def hush_transformers() -> None:
+    """Keep bars and reports about loading weights out of a command's output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)

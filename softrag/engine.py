@@ -1,0 +1,396 @@
+"""SoftRAG: documents in, answers out. It wires the other parts together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from softrag.answer import AddReport, Answer, AnswerStream, Mode
+from softrag.asking import Decoding, Prepared, Question, Source, check_mode, prepare
+from softrag.asynchronous import async_stream_twin, async_twin
+from softrag.batching import MicroBatcher
+from softrag.compressor import Compressor
+from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
+from softrag.documents import Document, Hit
+from softrag.embedder import Embedder, default_embedder
+from softrag.errors import StoreError
+from softrag.indexing import Indexer
+from softrag.model import SoftRAGModel
+from softrag.store import MemoryStore
+
+if TYPE_CHECKING:
+    from softrag.store.filters import Where
+
+CHUNK_TOKENS = 128
+"""Longest chunk in compressor tokens, as in the papers."""
+
+
+class SoftRAG:
+    """Answers questions from a store of memories.
+
+    Safe to use from several threads; questions asked at the same time are decoded together.
+
+    Args:
+        store: Chunks with their embeddings and memories.
+        embedder: Finds chunks; the one the store was built with.
+        compressor: Makes memories; None can only answer from stored ones.
+        decoder: Writes answers; None can only add and retrieve.
+        chunk_tokens: Longest chunk in compressor tokens; None for 128, or the compressor's limit
+            where that is lower.
+        window_s: How long a question waits for others to be decoded with it.
+
+    Raises:
+        MemoryMismatchError: The store was built with another model or embedder.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: MemoryStore,
+        embedder: Embedder,
+        compressor: Compressor | None = None,
+        decoder: Decoder | None = None,
+        chunk_tokens: int | None = None,
+        window_s: float = 0.005,
+    ) -> None:
+        self.store = store
+        self.embedder = embedder
+        self.compressor = compressor
+        self.decoder = decoder
+        limit = compressor.model.config.max_document_tokens if compressor else CHUNK_TOKENS
+        self.chunk_tokens = min(CHUNK_TOKENS, limit) if chunk_tokens is None else chunk_tokens
+        if not 1 <= self.chunk_tokens <= limit:
+            raise ValueError(
+                f"chunk_tokens must be between 1 and the {limit} tokens this compressor reads, "
+                f"found {chunk_tokens}."
+            )
+        maker = compressor or decoder
+        store.record.check(
+            place=f"The store {store.location}",
+            fingerprint=maker.fingerprint if maker else None,
+            embedder=embedder.name,
+            dimension=embedder.dimension,
+            codec=None,
+        )
+        self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
+            MicroBatcher(decoder.generate, window_s=window_s) if decoder else None
+        )
+        # Threads for the async calls: as many as may wait for one batch.
+        self.threads: Executor = ThreadPoolExecutor(max_workers=64, thread_name_prefix="softrag")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        store: MemoryStore | str | Path = ":memory:",
+        embedder: Embedder | None = None,
+        codec: str | None = None,
+        device: torch.device | str | None = None,
+        load_decoder: bool = True,
+        load_compressor: bool = True,
+        base_model: str | Path | None = None,
+        chunk_tokens: int | None = None,
+    ) -> SoftRAG:
+        """Load a checkpoint and open a store.
+
+        Args:
+            checkpoint: A folder or hub name, as `SoftRAGModel.from_pretrained` takes it.
+            store: An open store, a folder, a Qdrant URL, or ":memory:".
+            embedder: None for the default one.
+            codec: How the store keeps memories (`softrag.codec.CODECS`); None for its own, and
+                "bf16" for a new one.
+            device: Where the model runs; None chooses.
+            load_decoder: False to add and retrieve only.
+            load_compressor: False to answer from stored memories only.
+            base_model: Where the checkpoint's base model is, if not where the checkpoint says.
+            chunk_tokens: As in the class.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or of another kind.
+            MemoryMismatchError: The store was built with another model or embedder.
+        """
+        model = SoftRAGModel.from_pretrained(
+            checkpoint,
+            base_model=base_model,
+            load_decoder=load_decoder,
+            load_compressor=load_compressor,
+            device=device,
+        )
+        embedder = embedder or default_embedder()
+        if not isinstance(store, MemoryStore):
+            store = MemoryStore.open(
+                store,
+                fingerprint=model.fingerprint,
+                embedder=embedder.name,
+                dimension=embedder.dimension,
+                codec=codec,
+            )
+        # One lock: compressor and decoder may be the same weights.
+        lock = threading.Lock()
+        return cls(
+            store=store,
+            embedder=embedder,
+            compressor=Compressor(model, lock=lock) if load_compressor else None,
+            decoder=TorchDecoder(model, lock=lock) if load_decoder else None,
+            chunk_tokens=chunk_tokens,
+        )
+
+    # Documents
+
+    def add(
+        self,
+        documents: Iterable[Document | str],
+        *,
+        show_progress: bool = False,
+        batch_size: int = 64,
+    ) -> AddReport:
+        """Split, compress and store documents; what the store has already is not made again.
+
+        A document replaces what is stored under its source: chunks that are no longer in it are
+        deleted, after the new ones are stored. Stopped at any point, nothing stored is lost, and
+        calling again continues.
+
+        Args:
+            documents: Documents, or texts without a source. Read one by one.
+            show_progress: Show a progress bar.
+            batch_size: Chunks per stored batch.
+        """
+        if isinstance(documents, str | Document):
+            documents = [documents]
+        indexer = Indexer(
+            store=self.store,
+            embedder=self.embedder,
+            compressor=self._need_compressor("add documents"),
+            chunk_tokens=self.chunk_tokens,
+        )
+        return indexer.add(documents, batch_size=batch_size, show_progress=show_progress)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete chunks by id and return how many there were."""
+        return self.store.delete(ids)
+
+    def delete_source(self, source: str) -> int:
+        """Delete all chunks of a source and return how many there were."""
+        return self.store.delete_source(source)
+
+    # Questions
+
+    def retrieve(self, question: str, k: int = 5, where: Where = None) -> list[Hit]:
+        """Return the `k` chunks nearest to a question, best first, with their memories.
+
+        Args:
+            question: What to look for.
+            k: How many; fewer come back from a smaller store.
+            where: Metadata that chunks must have: a value, or a list of allowed ones; or a
+                Qdrant filter.
+
+        Raises:
+            StoreError: The store is empty.
+        """
+        return self._search(question, k, where, with_memories=True)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        k: int = 5,
+        mode: Mode = "memory",
+        max_new_tokens: int = 128,
+        stop: Sequence[str] | None = None,
+        where: Where = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer a question from the `k` nearest chunks.
+
+        Args:
+            question: The question.
+            k: How many chunks to read.
+            mode: "memory" reads their memories, "text" their texts, "closed" reads nothing.
+            max_new_tokens: Most tokens of the answer.
+            stop: Strings that end the answer.
+            where: As in `retrieve`.
+            temperature: 0.0 takes the likeliest token; above it tokens are sampled.
+            seed: Makes sampling repeatable.
+
+        Raises:
+            StoreError: The store is empty.
+        """
+        decoding = Decoding(max_new_tokens, stop, temperature, seed)
+        found = self._find(question, k=k, mode=mode, where=where)
+        return self._finish(self._prepare([found], mode, decoding)[0])
+
+    def stream(
+        self,
+        question: str,
+        *,
+        k: int = 5,
+        mode: Mode = "memory",
+        max_new_tokens: int = 128,
+        stop: Sequence[str] | None = None,
+        where: Where = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Answer in pieces of text; arguments and errors as in `ask`."""
+        decoding = Decoding(max_new_tokens, stop, temperature, seed)
+        found = self._find(question, k=k, mode=mode, where=where)
+        return self._start(self._prepare([found], mode, decoding)[0])
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        *,
+        k: int = 5,
+        mode: Mode = "memory",
+        max_new_tokens: int = 128,
+        stop: Sequence[str] | None = None,
+        where: Where = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        """Answer questions together; the answers are those of `ask`, in order.
+
+        Timings of compressing and the total are those of the whole batch.
+        """
+        decoding = Decoding(max_new_tokens, stop, temperature, seed)
+        found = [self._find(question, k=k, mode=mode, where=where) for question in questions]
+        prepared = self._prepare(found, mode, decoding)
+        results = self._need_decoder().generate([each.request for each in prepared])
+        return [each.answer(result) for each, result in zip(prepared, results, strict=True)]
+
+    def answer_from(
+        self,
+        question: str,
+        sources: Sequence[Source],
+        *,
+        mode: Mode = "memory",
+        max_new_tokens: int = 128,
+        stop: Sequence[str] | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer from given chunks instead of a search; other arguments as in `ask`.
+
+        Args:
+            question: The question.
+            sources: Hits, memories or texts, best first. Memories that are missing are made.
+            mode: As in `ask`.
+            max_new_tokens: As in `ask`.
+            stop: As in `ask`.
+            temperature: As in `ask`.
+            seed: As in `ask`.
+
+        Raises:
+            MemoryMismatchError: A memory was made by another model.
+        """
+        decoding = Decoding(max_new_tokens, stop, temperature, seed)
+        found = Question(question, sources, perf_counter())
+        return self._finish(self._prepare([found], mode, decoding)[0])
+
+    def stream_from(
+        self,
+        question: str,
+        sources: Sequence[Source],
+        *,
+        mode: Mode = "memory",
+        max_new_tokens: int = 128,
+        stop: Sequence[str] | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Answer from given chunks in pieces of text; arguments and errors as in `answer_from`."""
+        decoding = Decoding(max_new_tokens, stop, temperature, seed)
+        found = Question(question, sources, perf_counter())
+        return self._start(self._prepare([found], mode, decoding)[0])
+
+    # Sync is written once; the twins keep its signatures.
+    aask = async_twin(ask)
+    aask_many = async_twin(ask_many)
+    aanswer_from = async_twin(answer_from)
+    aretrieve = async_twin(retrieve)
+    aadd = async_twin(add)
+    astream = async_stream_twin(stream)
+    astream_from = async_stream_twin(stream_from)
+
+    # Ends
+
+    def close(self) -> None:
+        """Finish what is running and close the store."""
+        self.threads.shutdown()
+        if self._batcher is not None:
+            self._batcher.close()
+        self.store.close()
+
+    def __enter__(self) -> SoftRAG:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the store."""
+        self.close()
+
+    # Steps
+
+    def _search(self, question: str, k: int, where: Where, *, with_memories: bool) -> list[Hit]:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, found {k}.")
+        if not question.strip():
+            raise ValueError("The question is blank; expected some text.")
+        embedding = self.embedder.embed_query(question)
+        hits = self.store.search(embedding, k, where=where, with_memories=with_memories)
+        if not hits and not self.store.count():
+            raise StoreError(
+                "The store is empty, so there is nothing to answer from. Add documents first "
+                "(SoftRAG.add, or `softrag index PATH`), or ask in mode 'closed'."
+            )
+        return hits
+
+    def _find(self, question: str, *, k: int, mode: Mode, where: Where) -> Question:
+        check_mode(mode)
+        started = perf_counter()
+        if mode == "closed":
+            return Question(question, [], started)
+        # Memories for a question are made when it is asked; text needs none.
+        stored = mode == "memory" and not (self.compressor and self.compressor.query_dependent)
+        hits = self._search(question, k, where, with_memories=stored)
+        return Question(question, hits, started, perf_counter() - started)
+
+    def _prepare(self, found: Sequence[Question], mode: Mode, decoding: Decoding) -> list[Prepared]:
+        return prepare(
+            found,
+            mode=mode,
+            decoding=decoding,
+            decoder=self._need_decoder(),
+            compressor=self.compressor,
+        )
+
+    def _finish(self, prepared: Prepared) -> Answer:
+        assert self._batcher is not None
+        return prepared.answer(self._batcher(prepared.request))
+
+    def _start(self, prepared: Prepared) -> AnswerStream:
+        return AnswerStream(prepared.stream(self._need_decoder()), prepared.hits)
+
+    def _need_compressor(self, purpose: str) -> Compressor:
+        if self.compressor is None:
+            raise ValueError(f"To {purpose}, load with load_compressor=True.")
+        return self.compressor
+
+    def _need_decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise ValueError("To answer questions, load with load_decoder=True.")
+        return self.decoder

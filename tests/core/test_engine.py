@@ -1,0 +1,561 @@
+"""What SoftRAG promises: documents in, answers out, nothing lost and nothing mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from softrag.answer import AnswerStream
+from softrag.asynchronous import AsyncAnswerStream
+from softrag.batching import MicroBatcher
+from softrag.compressor import Compressor
+from softrag.decoder import TorchDecoder
+from softrag.documents import Document, document_text
+from softrag.engine import SoftRAG
+from softrag.errors import (
+    EmptyDocumentError,
+    MemoryMismatchError,
+    NonFiniteMemoryError,
+    StoreError,
+)
+from softrag.store import MemoryStore
+from tests.checkpoints import build_checkpoint, build_model
+from tests.embedders import HashingEmbedder
+from tests.families import SENTENCES
+
+DOCUMENTS = [
+    Document(text=text, source=f"notes/{number}.txt", title=f"Note {number}")
+    for number, text in enumerate(SENTENCES)
+]
+QUESTION = "Who wrote Hamlet and Macbeth?"
+
+
+def open_engine(store=":memory:", **options) -> SoftRAG:
+    return SoftRAG.from_pretrained(
+        build_checkpoint(), store=store, embedder=HashingEmbedder(), device="cpu", **options
+    )
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with open_engine() as engine:
+        engine.add(DOCUMENTS)
+        yield engine
+
+
+@pytest.fixture
+def empty_engine():
+    with open_engine() as engine:
+        yield engine
+
+
+# Asking
+
+
+def test_an_answer_comes_with_sources_usage_and_timings(engine):
+    answer = engine.ask(QUESTION, k=3, max_new_tokens=8)
+
+    assert answer.sources[0].source == "notes/2.txt"
+    assert [hit.score for hit in answer.sources] == sorted(
+        (hit.score for hit in answer.sources), reverse=True
+    )
+    assert len(answer.sources) == 3
+    soft = sum(len(hit.memory) for hit in answer.sources)
+    texts = [document_text(hit.title, hit.text) for hit in answer.sources]
+    assert answer.usage.soft_tokens == soft
+    assert answer.usage.text_prompt_tokens == engine.decoder.prompt_tokens(QUESTION, texts)
+    assert answer.usage.prompt_tokens < answer.usage.text_prompt_tokens
+    assert 1 <= answer.usage.completion_tokens <= 8
+    timings = answer.timings
+    assert timings.retrieve_s > 0
+    assert timings.total_s >= timings.retrieve_s + timings.first_token_s
+
+
+def test_the_three_modes_read_memories_texts_and_nothing(engine):
+    memory, text, closed = (
+        engine.ask(QUESTION, k=2, mode=mode, max_new_tokens=4)
+        for mode in ("memory", "text", "closed")
+    )
+
+    assert [hit.id for hit in text.sources] == [hit.id for hit in memory.sources]
+    assert text.usage.soft_tokens == closed.usage.soft_tokens == 0
+    assert text.usage.prompt_tokens == text.usage.text_prompt_tokens
+    assert memory.usage.text_prompt_tokens == text.usage.prompt_tokens
+    assert closed.sources == []
+    assert closed.usage.prompt_tokens < memory.usage.prompt_tokens < text.usage.prompt_tokens
+    with pytest.raises(ValueError, match="mode must be one of memory, text, closed"):
+        engine.ask(QUESTION, mode="magic")
+
+
+def test_a_stream_is_the_answer_in_pieces(engine):
+    expected = engine.ask(QUESTION, max_new_tokens=12)
+
+    stream = engine.stream(QUESTION, max_new_tokens=12)
+    assert isinstance(stream, AnswerStream)
+    assert [hit.id for hit in stream.sources] == [hit.id for hit in expected.sources]
+    with pytest.raises(RuntimeError, match="read the stream to its end"):
+        _ = stream.answer
+    text = "".join(stream)
+
+    assert text == expected.text == stream.answer.text
+    assert stream.answer.usage == expected.usage
+
+
+def test_leaving_a_stream_early_stops_it(engine):
+    with engine.stream(QUESTION, max_new_tokens=200) as stream:
+        next(stream)
+
+    assert list(stream) == []
+    with pytest.raises(RuntimeError):
+        _ = stream.answer
+
+
+def test_many_questions_get_the_answers_of_one(engine):
+    questions = [QUESTION, "Where is Paris?", "Where does water boil?"]
+
+    together = engine.ask_many(questions, k=2, max_new_tokens=6)
+
+    alone = [engine.ask(question, k=2, max_new_tokens=6) for question in questions]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert [answer.usage for answer in together] == [answer.usage for answer in alone]
+
+
+def test_questions_asked_at_once_are_decoded_together():
+    with open_engine() as engine:
+        engine.add(DOCUMENTS)
+        expected = engine.ask(QUESTION, max_new_tokens=6).text
+        sizes = []
+        generate = engine.decoder.generate
+        engine._batcher = MicroBatcher(
+            lambda requests: (sizes.append(len(requests)), generate(requests))[1], window_s=0.2
+        )
+
+        async def ask_all():
+            return await asyncio.gather(
+                *(engine.aask(QUESTION, max_new_tokens=6) for _ in range(8))
+            )
+
+        answers = asyncio.run(ask_all())
+
+    assert {answer.text for answer in answers} == {expected}
+    assert sum(sizes) == 8
+    assert len(sizes) <= 2
+
+
+async def test_the_async_twins_answer_the_same(engine):
+    expected = engine.ask(QUESTION, max_new_tokens=6).text
+
+    assert (await engine.aask(QUESTION, max_new_tokens=6)).text == expected
+    many = await engine.aask_many([QUESTION, QUESTION], max_new_tokens=6)
+    assert [answer.text for answer in many] == [expected] * 2
+    stream = engine.astream(QUESTION, max_new_tokens=6)
+    assert isinstance(stream, AsyncAnswerStream)
+    assert "".join([piece async for piece in stream]) == expected == stream.answer.text
+    async with engine.astream(QUESTION, max_new_tokens=200) as early:
+        assert await anext(early)
+
+
+def test_streams_and_questions_share_the_model(engine):
+    expected = engine.ask(QUESTION, max_new_tokens=10).text
+    texts = []
+
+    def ask():
+        texts.append(engine.ask(QUESTION, max_new_tokens=10).text)
+
+    stream = engine.stream(QUESTION, max_new_tokens=10)
+    pieces = [next(stream)]
+    # The stream is half read: it holds nothing that others wait for.
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    pieces += stream
+
+    assert texts == [expected] * 4
+    assert "".join(pieces) == expected
+
+
+def test_one_bad_question_fails_alone(engine):
+    results = {}
+
+    def ask(question):
+        try:
+            results[question] = engine.ask(question, mode="closed", max_new_tokens=4).text
+        except ValueError as error:
+            results[question] = str(error)
+
+    questions = ["Why?", "Too long " * 2000, "How?"]
+    threads = [threading.Thread(target=ask, args=(question,)) for question in questions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+    assert "the decoder reads 2048" in results[questions[1]]
+    assert results["Why?"] == engine.ask("Why?", mode="closed", max_new_tokens=4).text
+
+
+def test_more_chunks_than_the_store_holds_are_all_of_them(engine):
+    assert len(engine.ask(QUESTION, k=100, max_new_tokens=1).sources) == len(DOCUMENTS)
+
+
+def test_an_empty_store_is_an_error_that_names_the_fix(empty_engine):
+    with pytest.raises(StoreError, match=r"store is empty.*softrag index PATH"):
+        empty_engine.ask(QUESTION)
+    with pytest.raises(StoreError):
+        empty_engine.stream(QUESTION)
+    assert empty_engine.ask(QUESTION, mode="closed", max_new_tokens=2).sources == []
+
+
+@pytest.mark.parametrize(("options", "message"), [({"k": 0}, "k must be"), ({"stop": "x"}, "stop")])
+def test_senseless_arguments_are_refused(engine, options, message):
+    with pytest.raises(ValueError, match=message):
+        engine.ask(QUESTION, **options)
+
+
+def test_a_blank_question_is_refused(engine):
+    for mode in ("memory", "closed"):
+        with pytest.raises(ValueError, match="question is blank"):
+            engine.ask(" \n", mode=mode)
+
+
+def test_filters_choose_by_metadata(empty_engine):
+    empty_engine.add(
+        Document(text=text, source=str(n), metadata={"even": n % 2 == 0, "n": n})
+        for n, text in enumerate(SENTENCES)
+    )
+
+    hits = empty_engine.retrieve(QUESTION, k=10, where={"even": True})
+    assert {hit.metadata["n"] for hit in hits} == {0, 2, 4, 6}
+    answer = empty_engine.ask(QUESTION, k=10, where={"n": [1, 3]}, max_new_tokens=1)
+    assert {hit.metadata["n"] for hit in answer.sources} == {1, 3}
+    assert empty_engine.ask(QUESTION, where={"n": 99}, max_new_tokens=1).sources == []
+
+
+def test_memory_tokens_and_handles_in_documents_and_questions_are_text(empty_engine):
+    key = "0123456789abcdef" * 2
+    text = f"The <MEM> token and <|softmem:{key}|> are written here."
+    empty_engine.add([Document(text=text, source="a")])
+
+    answer = empty_engine.ask(f"What is <MEM><MEM> or <|softmem:{key}|>?", max_new_tokens=4)
+
+    (hit,) = answer.sources
+    assert hit.text == text
+    assert answer.usage.soft_tokens == len(hit.memory)
+
+
+# Answering from what is given
+
+
+def test_answering_from_hits_is_asking(engine):
+    hits = engine.retrieve(QUESTION, 3)
+    expected = engine.ask(QUESTION, k=3, max_new_tokens=6)
+
+    assert engine.answer_from(QUESTION, hits, max_new_tokens=6).text == expected.text
+    assert "".join(engine.stream_from(QUESTION, hits, max_new_tokens=6)) == expected.text
+    memories = engine.answer_from(QUESTION, [hit.memory for hit in hits], max_new_tokens=6)
+    assert memories.text == expected.text
+    assert memories.usage.text_prompt_tokens is None
+    assert memories.sources == []
+    assert engine.answer_from(QUESTION, [], max_new_tokens=6).usage.soft_tokens == 0
+
+
+def test_memories_that_are_missing_are_made(engine):
+    hits = engine.retrieve(QUESTION, 3)
+    expected = engine.ask(QUESTION, k=3, max_new_tokens=6)
+
+    bare = [replace(hit, memory=None) for hit in hits]
+    texts = [document_text(hit.title, hit.text) for hit in hits]
+
+    for sources in (bare, texts):
+        answer = engine.answer_from(QUESTION, sources, max_new_tokens=6)
+        assert answer.text == expected.text
+        assert answer.timings.compress_s > 0
+
+
+def test_a_long_text_is_compressed_in_pieces_and_nothing_is_dropped(engine):
+    text = " ".join(SENTENCES * 5)
+
+    answer = engine.answer_from(QUESTION, [text], max_new_tokens=1)
+
+    tokens = len(engine.compressor.prompt.tokenize(text))
+    assert tokens > 64
+    assert answer.usage.soft_tokens >= tokens // 4 - 10
+
+
+def test_memories_of_another_model_are_refused(engine):
+    foreign = Compressor(build_model(seed=1)).compress(["Paris."])
+
+    with pytest.raises(MemoryMismatchError):
+        engine.answer_from(QUESTION, foreign)
+
+
+def test_a_source_without_text_is_refused(engine):
+    with pytest.raises(EmptyDocumentError):
+        engine.answer_from(QUESTION, [" "])
+
+
+def test_without_a_compressor_stored_memories_still_answer(tmp_path):
+    with open_engine(tmp_path) as engine:
+        engine.add(DOCUMENTS)
+        expected = engine.ask(QUESTION, max_new_tokens=6).text
+
+    with open_engine(tmp_path, load_compressor=False) as engine:
+        assert engine.ask(QUESTION, max_new_tokens=6).text == expected
+        with pytest.raises(ValueError, match="load_compressor=True"):
+            engine.answer_from(QUESTION, ["a text"])
+        with pytest.raises(ValueError, match="load_compressor=True"):
+            engine.add(["a text"])
+    with open_engine(tmp_path, load_decoder=False) as engine:
+        assert engine.retrieve(QUESTION, 1)
+        with pytest.raises(ValueError, match="load_decoder=True"):
+            engine.ask(QUESTION)
+
+
+# Adding
+
+
+def test_adding_reports_what_it_did(empty_engine):
+    report = empty_engine.add(DOCUMENTS)
+
+    assert (report.documents, report.chunks_added, report.chunks_unchanged) == (8, 8, 0)
+    assert report.errors == []
+    assert empty_engine.store.count() == 8
+    (hit,) = empty_engine.retrieve(QUESTION, 1)
+    expected = Compressor(empty_engine.compressor.model).compress(
+        [document_text(hit.title, hit.text)]
+    )[0]
+    assert hit.memory.key == expected.key
+    torch.testing.assert_close(
+        hit.memory.values.float(), expected.values.float(), rtol=0.02, atol=0.01
+    )
+
+
+def test_a_text_or_a_document_may_be_added_alone(empty_engine):
+    empty_engine.add("Paris is a city.")
+    empty_engine.add(Document(text="Rome is a city."))
+
+    assert empty_engine.store.count() == 2
+
+
+def test_unchanged_chunks_are_not_compressed_again(empty_engine, monkeypatch):
+    empty_engine.add(DOCUMENTS)
+    compressed = []
+    compress = empty_engine.compressor.compress
+    monkeypatch.setattr(
+        empty_engine.compressor,
+        "compress",
+        lambda texts: (compressed.extend(texts), compress(texts))[1],
+    )
+
+    changed = [replace(DOCUMENTS[0], text="Something else entirely."), *DOCUMENTS[1:]]
+    report = empty_engine.add(changed)
+
+    assert compressed == ["Note 0\nSomething else entirely."]
+    assert (report.chunks_added, report.chunks_unchanged, report.chunks_deleted) == (1, 7, 1)
+    assert empty_engine.store.count() == 8
+    again = empty_engine.add(changed)
+    assert (again.chunks_added, again.chunks_unchanged, again.chunks_deleted) == (0, 8, 0)
+
+
+def test_changed_metadata_is_stored(empty_engine):
+    empty_engine.add([replace(DOCUMENTS[0], metadata={"year": 1})])
+    report = empty_engine.add([replace(DOCUMENTS[0], metadata={"year": 2})])
+
+    assert report.chunks_added == 1
+    assert [hit.metadata for hit in empty_engine.store.scroll()] == [{"year": 2}]
+
+
+def test_documents_that_share_a_source_replace_it_together(empty_engine):
+    pages = [Document(text=text, source="book.pdf") for text in SENTENCES[:3]]
+
+    empty_engine.add(pages)
+    report = empty_engine.add(pages[:2])
+
+    assert report.chunks_deleted == 1
+    assert {hit.text for hit in empty_engine.store.scroll()} == set(SENTENCES[:2])
+
+
+def test_empty_documents_are_reported_and_the_rest_is_stored(empty_engine):
+    empty_engine.add([Document(text="Old but good.", source="b")])
+
+    report = empty_engine.add(
+        [Document(text=" ", source="a"), Document(text="", source="b"), DOCUMENTS[0], ""]
+    )
+
+    assert [error.source for error in report.errors] == ["a", "b", None]
+    assert "a has no text" in report.errors[0].message
+    assert report.documents == 1
+    # What was stored of a source that could not be read stays.
+    assert empty_engine.store.sources() == {"b": 1, "notes/0.txt": 1}
+
+
+def test_a_long_document_is_split_and_nothing_is_dropped(empty_engine):
+    text = "\n\n".join(SENTENCES * 6)
+
+    report = empty_engine.add([Document(text=text, source="long", title="A long one")])
+
+    hits = sorted(empty_engine.store.scroll(), key=lambda hit: hit.start)
+    assert len(hits) > 1
+    words = " ".join(hit.text for hit in hits).split()
+    # Equal pieces of one source are one chunk, so compare the words, not their number.
+    assert set(words) == set(text.split())
+    assert report.chunks_added + report.chunks_unchanged >= len(hits)
+    tokenize = empty_engine.compressor.prompt.tokenize
+    for hit in hits:
+        assert hit.title == "A long one"
+        assert len(tokenize(document_text(hit.title, hit.text))) <= empty_engine.chunk_tokens
+
+
+def test_a_title_longer_than_half_a_chunk_is_cut(empty_engine):
+    empty_engine.add([Document(text=SENTENCES[0] * 4, source="a", title="word " * 200)])
+
+    tokenize = empty_engine.compressor.prompt.tokenize
+    for hit in empty_engine.store.scroll():
+        assert hit.title.startswith("word word")
+        assert len(tokenize(document_text(hit.title, hit.text))) <= empty_engine.chunk_tokens
+
+
+def test_chunk_tokens_are_bounded_by_the_compressor():
+    with open_engine(chunk_tokens=16) as engine:
+        engine.add([Document(text=" ".join(SENTENCES), source="a")])
+        assert all(hit.n_tokens <= 16 for hit in engine.store.scroll())
+    with pytest.raises(ValueError, match="between 1 and the 64 tokens"):
+        open_engine(chunk_tokens=65)
+
+
+def test_what_is_not_finite_is_never_stored(empty_engine, monkeypatch):
+    empty_engine.add(DOCUMENTS[:2])
+    compress = empty_engine.compressor.model.compress
+    monkeypatch.setattr(
+        empty_engine.compressor.model,
+        "compress",
+        lambda ids, mask: compress(ids, mask) * float("nan"),
+    )
+
+    with pytest.raises(NonFiniteMemoryError, match="Note 2"):
+        empty_engine.add(DOCUMENTS[2:])
+
+    assert empty_engine.store.count() == 2
+
+
+def test_what_was_stored_before_an_interruption_stays(empty_engine):
+    def interrupted():
+        yield from DOCUMENTS[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        empty_engine.add(interrupted(), batch_size=2)
+
+    assert empty_engine.store.count() == 4
+    report = empty_engine.add(DOCUMENTS, batch_size=2)
+    assert (report.chunks_unchanged, report.chunks_added) == (4, 4)
+
+
+def test_documents_are_deleted_by_id_and_by_source(empty_engine):
+    empty_engine.add(DOCUMENTS)
+    hit = empty_engine.retrieve(QUESTION, 1)[0]
+
+    assert empty_engine.delete([hit.id]) == 1
+    assert empty_engine.delete_source("notes/0.txt") == 1
+    assert empty_engine.delete_source("nowhere") == 0
+    assert empty_engine.store.count() == 6
+
+
+def test_a_store_of_another_model_is_refused(tmp_path):
+    with open_engine(tmp_path) as engine:
+        engine.add(DOCUMENTS[:1])
+
+    with pytest.raises(MemoryMismatchError):
+        SoftRAG.from_pretrained(
+            build_checkpoint(seed=1), store=tmp_path, embedder=HashingEmbedder(), device="cpu"
+        )
+    other = HashingEmbedder()
+    other.name = "another"
+    with pytest.raises(MemoryMismatchError):
+        SoftRAG.from_pretrained(build_checkpoint(), store=tmp_path, embedder=other, device="cpu")
+
+
+def test_an_open_store_of_another_model_is_refused():
+    with MemoryStore.open(
+        ":memory:", fingerprint="0" * 32, embedder="hashing-64", dimension=64
+    ) as store:
+        with pytest.raises(MemoryMismatchError, match="index the documents again into a new store"):
+            open_engine(store)
+
+
+# Query-dependent checkpoints
+
+
+def test_query_dependent_memories_are_made_for_each_question(tmp_path):
+    with SoftRAG.from_pretrained(
+        build_checkpoint(query_dependent=True),
+        store=tmp_path,
+        embedder=HashingEmbedder(),
+        device="cpu",
+    ) as engine:
+        report = engine.add(DOCUMENTS)
+        answer = engine.ask(QUESTION, k=2, max_new_tokens=6)
+
+        assert report.chunks_added == 8
+        assert all(hit.memory is None for hit in engine.store.scroll())
+        assert answer.usage.soft_tokens > 0
+        assert answer.timings.compress_s > 0
+        assert "".join(engine.stream(QUESTION, k=2, max_new_tokens=6)) == answer.text
+        many = engine.ask_many([QUESTION, "Where is Paris?"], k=2, max_new_tokens=6)
+        assert many[0].text == answer.text
+
+
+# Parts
+
+
+def test_an_engine_can_be_put_together_by_hand():
+    model = build_model()
+    embedder = HashingEmbedder()
+    store = MemoryStore.open(
+        ":memory:", fingerprint=model.fingerprint, embedder=embedder.name, dimension=64
+    )
+    with SoftRAG(
+        store=store,
+        embedder=embedder,
+        compressor=Compressor(model),
+        decoder=TorchDecoder(model),
+    ) as engine:
+        engine.add(DOCUMENTS)
+        assert engine.ask(QUESTION, max_new_tokens=3).sources
+
+
+def test_a_batch_holds_what_arrives_while_another_runs():
+    sizes = []
+    gate = threading.Event()
+
+    def run(items):
+        sizes.append(len(items))
+        if len(sizes) == 1:
+            gate.wait(10)
+        return [item * 2 for item in items]
+
+    batcher = MicroBatcher(run, window_s=0.0)
+    results = {}
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: batcher(n)})) for n in range(6)
+    ]
+    threads[0].start()
+    while not sizes:
+        pass
+    for thread in threads[1:]:
+        thread.start()
+    while len(batcher._waiting) < 5:
+        pass
+    gate.set()
+    for thread in threads:
+        thread.join()
+    batcher.close()
+
+    assert results == {n: 2 * n for n in range(6)}
+    assert sizes == [1, 5]
