@@ -31,7 +31,7 @@ class Decoding(NamedTuple):
     seed: int | None
 
 
-class Question(NamedTuple):
+class Asked(NamedTuple):
     """A question with what was found for it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Prepared:
     """A question with everything the decoder needs."""
 
     request: DecodeRequest
-    question: Question
+    question: Asked
     mode: Mode
     text_prompt_tokens: int | None
     compress_s: float
@@ -96,7 +96,7 @@ def check_mode(mode: str) -> None:
 
 
 def prepare(
-    questions: Sequence[Question],
+    questions: Sequence[Asked],
     *,
     mode: Mode,
     decoding: Decoding,
@@ -143,7 +143,7 @@ def prepare(
 
 
 def _memories(
-    questions: Sequence[Question], compressor: Compressor | None
+    questions: Sequence[Asked], compressor: Compressor | None
 ) -> list[list[Memory | str]]:
     """Return the memories of every question's sources, making those that are missing."""
     pieces: list[str] = []
@@ -200,7 +200,7 @@ def _text(source: Source) -> str:
     )
 
 
-def _text_prompt_tokens(question: Question, mode: Mode, decoder: Decoder) -> int | None:
+def _text_prompt_tokens(question: Asked, mode: Mode, decoder: Decoder) -> int | None:
     """Count what the prompt would have cost with text; None when a text is not known."""
     if mode == "closed":
         return decoder.prompt_tokens(question.text, [])

@@ -19,7 +19,7 @@ class Document:
 
     Attributes:
         text: The text itself.
-        source: Where it comes from (a path, URL or any id); documents are replaced and deleted by it.
+        source: Where it comes from (a path, URL or any id); what replaces and deletes it.
         title: Shown with answers.
         metadata: Flat values to filter on.
     """
@@ -78,15 +78,6 @@ class Hit:
     n_tokens: int = 0
     start: int = 0
     memory: Memory | None = None
-
-
-def document_text(title: str | None, text: str) -> str:
-    r"""Return a chunk as it is compressed, embedded and read: its title on a line of its own.
-
-    >>> document_text("Ada Lovelace", "She wrote it.")
-    'Ada Lovelace\nShe wrote it.'
-    """
-    return f"{title}\n{text}" if title else text
 
 
 def chunk_id(source: str | None, text: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softrag.answer import AddReport, Answer, AnswerStream, Mode
-from softrag.asking import Decoding, Prepared, Question, Source, check_mode, prepare
+from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
@@ -293,7 +293,7 @@ class SoftRAG:
             MemoryMismatchError: A memory was made by another model.
         """
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
-        found = Question(question, sources, perf_counter())
+        found = Asked(question, sources, perf_counter())
         return self._finish(self._prepare([found], mode, decoding)[0])
 
     def stream_from(
@@ -309,7 +309,7 @@ class SoftRAG:
     ) -> AnswerStream:
         """Answer from given chunks in pieces of text; arguments and errors as in `answer_from`."""
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
-        found = Question(question, sources, perf_counter())
+        found = Asked(question, sources, perf_counter())
         return self._start(self._prepare([found], mode, decoding)[0])
 
     # Sync is written once; the twins keep its signatures.
@@ -359,17 +359,17 @@ class SoftRAG:
             )
         return hits
 
-    def _find(self, question: str, *, k: int, mode: Mode, where: Where) -> Question:
+    def _find(self, question: str, *, k: int, mode: Mode, where: Where) -> Asked:
         check_mode(mode)
         started = perf_counter()
         if mode == "closed":
-            return Question(question, [], started)
+            return Asked(question, [], started)
         # Memories for a question are made when it is asked; text needs none.
         stored = mode == "memory" and not (self.compressor and self.compressor.query_dependent)
         hits = self._search(question, k, where, with_memories=stored)
-        return Question(question, hits, started, perf_counter() - started)
+        return Asked(question, hits, started, perf_counter() - started)
 
-    def _prepare(self, found: Sequence[Question], mode: Mode, decoding: Decoding) -> list[Prepared]:
+    def _prepare(self, found: Sequence[Asked], mode: Mode, decoding: Decoding) -> list[Prepared]:
         return prepare(
             found,
             mode=mode,

@@ -78,9 +78,7 @@ class Indexer:
             EmptyDocumentError: The document has no text.
         """
         title, room = self._fit_title(document.title)
-        pieces = split_text(
-            clean_text(document.text), self.compressor.prompt.tokenizer, room
-        )
+        pieces = split_text(clean_text(document.text), self.compressor.prompt.tokenizer, room)
         if not pieces:
             raise EmptyDocumentError(
                 f"{document.source or 'A document'} has no text, so there is nothing to compress."

@@ -75,6 +75,7 @@ class SoftRAGModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    config: SoftRAGConfig
     decoder: PreTrainedModel | None
     compressor: PreTrainedModel | None
 

@@ -16,7 +16,8 @@ from softrag.cli.options import DEFAULT_MODEL, Device, Json, MaxNewTokens, Model
 
 if TYPE_CHECKING:
     from softrag.answer import Mode
-    from softrag.question_set import AnsweredSet, QuestionRecord
+    from softrag.evaluation import Question
+    from softrag.question_set import AnsweredSet
 
 
 def evaluate(
@@ -40,7 +41,7 @@ def evaluate(
     from softrag.cli.show import print_json
 
     wanted = _parse_modes(modes)
-    scores, predictions, records = _run(
+    scores, predictions, questions = _run(
         file,
         wanted,
         limit,
@@ -55,21 +56,21 @@ def evaluate(
             {
                 "file": str(file),
                 "model": model,
-                "questions": len(records),
+                "questions": len(questions),
                 "modes": scores,
                 "answers": [
                     {
-                        "id": record.id,
-                        "question": record.question,
-                        "answers": list(record.answers),
+                        "id": each.id,
+                        "question": each.question,
+                        "answers": list(each.answers),
                         **{mode: predictions[mode][place] for mode in wanted},
                     }
-                    for place, record in enumerate(records)
+                    for place, each in enumerate(questions)
                 ],
             }
         )
         return
-    _print_table(scores, len(records))
+    _print_table(scores, len(questions))
 
 
 def _parse_modes(modes: str) -> list[Mode]:
@@ -97,17 +98,18 @@ def _run(
     batch_size: int,
     max_new_tokens: int,
     quiet: bool,
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], list[QuestionRecord]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], list[Question]]:
     """Return scores by mode, answers by mode, and the questions."""
     import threading
 
     from softrag.compressor import Compressor
     from softrag.decoder import TorchDecoder
+    from softrag.evaluation import read_questions
     from softrag.model import SoftRAGModel
-    from softrag.question_set import answer_set, read_questions
+    from softrag.question_set import answer_set
 
     hush_transformers()
-    records = read_questions(file, limit)
+    questions = read_questions(file, limit)
     needs_compressor = "memory" in modes
     loaded = SoftRAGModel.from_pretrained(model, device=device, load_compressor=needs_compressor)
     lock = threading.Lock()
@@ -125,10 +127,10 @@ def _run(
     with Progress(
         *columns, console=console, disable=quiet or not console.is_terminal, transient=True
     ) as progress:
-        tasks = {mode: progress.add_task(mode, total=len(records)) for mode in modes}
+        tasks = {mode: progress.add_task(mode, total=len(questions)) for mode in modes}
         for mode in modes:
             answered = answer_set(
-                records,
+                questions,
                 mode=mode,
                 decoder=decoder,
                 compressor=compressor,
@@ -137,17 +139,17 @@ def _run(
                 on_answers=partial(progress.advance, tasks[mode]),
             )
             predictions[mode] = [result.text for result in answered.results]
-            scores[mode] = _score(records, answered)
-    return scores, predictions, records
+            scores[mode] = _score(questions, answered)
+    return scores, predictions, questions
 
 
-def _score(records: Sequence[QuestionRecord], answered: AnsweredSet) -> dict[str, Any]:
+def _score(questions: Sequence[Question], answered: AnsweredSet) -> dict[str, Any]:
     from softrag.evaluation import score_answers
 
-    n = len(records)
+    n = len(questions)
     texts = [result.text for result in answered.results]
     return {
-        **score_answers(texts, [record.answers for record in records]),
+        **score_answers(texts, [each.answers for each in questions]),
         "prompt_tokens": sum(result.prompt_tokens for result in answered.results) / n,
         "text_prompt_tokens": sum(answered.text_prompt_tokens) / n,
         "completion_tokens": sum(result.completion_tokens for result in answered.results) / n,

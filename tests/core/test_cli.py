@@ -1,0 +1,352 @@
+"""What the `softrag` command promises: its output, its exit codes, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from softrag.cli import app
+from tests.checkpoints import build_checkpoint
+from tests.embedders import HashingEmbedder
+from tests.families import SENTENCES
+
+COMMAND = Path(__file__).parent.parent / "softrag_command.py"
+QUESTION = "Who wrote Hamlet and Macbeth?"
+
+
+@pytest.fixture(autouse=True)
+def small_embedder(monkeypatch):
+    monkeypatch.setattr("softrag.engine.default_embedder", HashingEmbedder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number, text in enumerate(SENTENCES):
+        (folder / f"note_{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, folder: Path) -> Path:
+    """A store with the folder's documents."""
+    assert run("index", folder, store=tmp_path / "store").exit_code == 0
+    return tmp_path / "store"
+
+
+def run(*arguments: object, store: Path, seed: int = 0, input: str | None = None) -> Result:
+    environment = {"SOFTRAG_STORE": str(store), "SOFTRAG_MODEL": str(build_checkpoint(seed=seed))}
+    return CliRunner().invoke(app, [str(each) for each in arguments], env=environment, input=input)
+
+
+# index
+
+
+def test_index_says_what_it_did_and_again_that_nothing_changed(tmp_path, folder):
+    first = run("index", folder, "--json", store=tmp_path / "store")
+    again = run("index", folder, store=tmp_path / "store")
+
+    report = json.loads(first.stdout)
+    assert first.exit_code == again.exit_code == 0
+    assert (report["documents"], report["chunks_added"], report["errors"]) == (8, 8, [])
+    assert "8 documents" in again.stdout
+    assert "0 chunks added, 8 unchanged, 0 deleted" in again.stdout
+
+
+def test_index_touches_only_what_changed(folder, store):
+    (folder / "note_1.txt").write_text("Rome is the capital of Italy.")
+
+    report = json.loads(run("index", folder, "--json", store=store).stdout)
+
+    changes = [report[f"chunks_{what}"] for what in ("added", "unchanged", "deleted")]
+    assert changes == [1, 7, 1]
+
+
+def test_an_unreadable_file_is_named_and_the_rest_indexed(tmp_path, folder):
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7 nothing")
+    (folder / "empty.txt").write_text(" \n")
+
+    human = run("index", folder, store=tmp_path / "store")
+    machine = json.loads(run("index", folder, "--json", store=tmp_path / "store").stdout)
+
+    assert human.exit_code == 0
+    assert "broken.pdf" in human.stderr
+    assert "8 chunks added" in human.stdout
+    assert [Path(error["source"]).name for error in machine["errors"]] == [
+        "broken.pdf",
+        "empty.txt",
+    ]
+
+
+def test_nothing_to_index_is_a_failure(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+
+    result = run("index", empty, store=tmp_path / "store")
+
+    assert result.exit_code == 1
+    assert "empty.txt" in result.stderr
+
+
+def test_a_kill_while_indexing_loses_nothing_stored_and_a_second_run_continues(tmp_path, folder):
+    environment = {
+        **os.environ,
+        "SOFTRAG_STORE": str(tmp_path / "store"),
+        "SOFTRAG_MODEL": str(build_checkpoint()),
+    }
+    command = [sys.executable, COMMAND, "index", folder, "--batch-size", "2", "--json"]
+
+    killed = subprocess.run(command, env={**environment, "KILL_AT_BATCH": "3"}, capture_output=True)
+    again = run("index", folder, "--json", store=tmp_path / "store")
+
+    assert killed.returncode == -signal.SIGKILL
+    report = json.loads(again.stdout)
+    assert (report["chunks_unchanged"], report["chunks_added"]) == (4, 4)
+    asked = json.loads(run("ask", QUESTION, "-k", 99, "--json", store=tmp_path / "store").stdout)
+    assert len(asked["sources"]) == 8
+
+
+# ask
+
+
+def test_ask_shows_the_answer_its_sources_and_what_text_would_have_cost(store):
+    human = run("ask", QUESTION, "--max-new-tokens", 8, store=store)
+    machine = run("ask", QUESTION, "--max-new-tokens", 8, "--json", store=store)
+
+    answer = json.loads(machine.stdout)
+    assert human.exit_code == machine.exit_code == 0
+    assert human.stdout.startswith(answer["answer"].split("\n")[0].rstrip())
+    assert "note_2" in human.stdout
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] < usage["text_prompt_tokens"]
+    flat = " ".join(human.stdout.split())
+    assert f"{usage['prompt_tokens']} prompt tokens instead of" in flat
+    assert Path(answer["sources"][0]["source"]).name == "note_2.txt"
+    assert set(answer) == {
+        "question",
+        "answer",
+        "mode",
+        "finish_reason",
+        "sources",
+        "usage",
+        "timings",
+    }
+
+
+def test_ask_reads_text_or_nothing_when_told(store):
+    def ask(mode):
+        options = ("--mode", mode, "--max-new-tokens", 2, "--json")
+        return json.loads(run("ask", QUESTION, *options, store=store).stdout)
+
+    text, closed = ask("text"), ask("closed")
+
+    assert text["usage"]["prompt_tokens"] == text["usage"]["text_prompt_tokens"]
+    assert closed["sources"] == []
+
+
+def test_ask_filters_by_metadata(tmp_path):
+    lines = [
+        {"text": text, "metadata": {"n": n, "even": n % 2 == 0}} for n, text in enumerate(SENTENCES)
+    ]
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    run("index", file, store=tmp_path / "store")
+
+    def found(*conditions):
+        wheres = [part for condition in conditions for part in ("--where", condition)]
+        options = (*wheres, "-k", 9, "--max-new-tokens", 1, "--json")
+        answer = json.loads(run("ask", QUESTION, *options, store=tmp_path / "store").stdout)
+        return sorted(source["metadata"]["n"] for source in answer["sources"])
+
+    assert found("even=true") == [0, 2, 4, 6]
+    assert found("n=1", "n=3") == [1, 3]
+
+
+def test_asking_without_a_store_says_how_to_make_one_and_makes_none(tmp_path):
+    result = run("ask", QUESTION, store=tmp_path / "nowhere")
+
+    assert result.exit_code == 1
+    assert "softrag index PATH" in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_store_of_another_model_is_refused(store):
+    result = run("ask", QUESTION, store=store, seed=1)
+
+    assert result.exit_code == 1
+    assert "index the documents again" in result.stderr
+
+
+def test_a_missing_checkpoint_is_an_error_without_a_traceback(store, tmp_path):
+    result = run("ask", QUESTION, "--model", tmp_path / "none", store=store)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask",),
+        ("ask", QUESTION, "-k", 0),
+        ("ask", QUESTION, "--mode", "magic"),
+        ("ask", QUESTION, "--where", "no condition"),
+        ("index",),
+        ("index", "/no/such/path"),
+        ("index", ".", "--codec", "zip"),
+        ("eval", "/no/such/file"),
+        ("dance",),
+    ],
+)
+def test_misuse_ends_with_two(store, arguments):
+    assert run(*arguments, store=store).exit_code == 2
+
+
+def test_a_blank_question_is_a_failure(store):
+    result = run("ask", " ", store=store)
+
+    assert result.exit_code == 1
+    assert "blank" in result.stderr
+
+
+# chat
+
+
+def test_chat_answers_line_by_line_from_a_pipe(store):
+    lines = f"{QUESTION}\n\n/mode closed\nWhere is Paris?\n/quit\nnever asked\n"
+
+    result = run("chat", "--json", "--max-new-tokens", 3, store=store, input=lines)
+
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(each["question"], each["mode"]) for each in answers] == [
+        (QUESTION, "memory"),
+        ("Where is Paris?", "closed"),
+    ]
+
+
+# info
+
+
+def test_info_tells_model_and_store_apart_and_whether_they_fit(store, tmp_path):
+    fitting = json.loads(run("info", "--json", store=store).stdout)
+    foreign = json.loads(run("info", "--json", store=store, seed=1).stdout)
+    missing = run("info", "--json", store=tmp_path / "nowhere")
+
+    assert fitting["fit"] is True
+    assert fitting["store"]["chunks"] == fitting["store"]["sources"] == 8
+    assert fitting["store"]["bytes_on_disk"] > 0
+    assert fitting["model"]["rate"] == 4
+    assert fitting["model"]["fingerprint"] == fitting["store"]["fingerprint"]
+    assert foreign["fit"] is False
+    assert missing.exit_code == 0
+    assert json.loads(missing.stdout)["store"] is None
+    assert "another model" in run("info", store=store, seed=1).stdout
+
+
+# eval
+
+
+def write_questions(path: Path) -> Path:
+    records = [
+        {
+            "id": f"q{number}",
+            "question": f"What is said in {number}?",
+            "answers": [text],
+            "docs": [
+                {"title": "T", "text": text, "gold": True},
+                SENTENCES[0],
+                {"text": " ".join(SENTENCES * 3)},
+            ],
+        }
+        for number, text in enumerate(SENTENCES[:4])
+    ]
+    data = "\n".join(json.dumps(record) for record in records).encode()
+    if path.suffix == ".zst":
+        import zstandard
+
+        data = zstandard.ZstdCompressor().compress(data)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.zst"])
+def test_eval_compares_modes_on_a_file_that_brings_its_documents(tmp_path, name):
+    file = write_questions(tmp_path / name)
+
+    options = ("--limit", 3, "--max-new-tokens", 4, "--batch-size", 2, "--json")
+    result = run("eval", file, *options, store=tmp_path / "unused")
+
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["questions"] == 3
+    assert list(values["modes"]) == ["closed", "text", "memory"]
+    for mode, scores in values["modes"].items():
+        assert {"em", "f1", "match", "rouge_l"} <= set(scores)
+        assert all(mode in answer for answer in values["answers"])
+    tokens = {mode: scores["prompt_tokens"] for mode, scores in values["modes"].items()}
+    assert tokens["closed"] < tokens["memory"] < tokens["text"]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_eval_runs_only_the_modes_that_are_named(tmp_path):
+    file = write_questions(tmp_path / "questions.jsonl")
+
+    result = run("eval", file, "--modes", "closed", "--limit", 1, store=tmp_path)
+
+    assert result.exit_code == 0
+    assert "closed" in result.stdout
+    assert "memory" not in result.stdout
+    assert run("eval", file, "--modes", "open", store=tmp_path).exit_code == 2
+
+
+def test_a_bad_line_in_a_question_file_is_named(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "a", "answers": ["b"]}\n{"question": 3}\n')
+
+    result = run("eval", file, store=tmp_path)
+
+    assert result.exit_code == 1
+    assert "line 2" in result.stderr
+
+
+# demo
+
+
+def test_demo_indexes_asks_and_compares(tmp_path, folder, monkeypatch):
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    folder.rename(demo / "corpus")
+    (demo / "questions.json").write_text(json.dumps([QUESTION, {"question": "Where is Paris?"}]))
+    monkeypatch.setattr("softrag.cli.demo.DEMO", demo)
+    monkeypatch.setattr("softrag.cli.demo.MAX_NEW_TOKENS", 4)
+
+    human = run("demo", store=tmp_path / "store")
+    machine = run("demo", "--json", store=tmp_path / "store")
+
+    assert human.exit_code == machine.exit_code == 0, human.output
+    assert "from memories: " in human.stdout
+    assert "from text:" in human.stdout
+    assert "softrag ask" in human.stdout
+    values = json.loads(machine.stdout)
+    assert values["index"]["chunks_unchanged"] == 8
+    for pair in values["questions"]:
+        assert [pair[mode]["mode"] for mode in ("memory", "text")] == ["memory", "text"]
+        assert pair["memory"]["usage"]["prompt_tokens"] < pair["text"]["usage"]["prompt_tokens"]
+        assert pair["memory"]["sources"] == pair["text"]["sources"]
+
+
+def test_help_does_not_wait_for_the_models_libraries():
+    code = "import sys, softrag.cli; print('torch' in sys.modules, 'qdrant_client' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert shown.stdout.split() == ["False", "False"]
