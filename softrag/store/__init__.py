@@ -1,0 +1,5 @@
+"""Where chunks and their memories are kept: one Qdrant collection, embedded or on a server."""
+
+from softrag.store.qdrant import MemoryStore, StoreInfo
+
+__all__ = ["MemoryStore", "StoreInfo"]
