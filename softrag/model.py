@@ -686,8 +686,7 @@ def _keep_layers(model: PreTrainedModel, layers: int) -> None:
     if not 1 <= layers <= available:
         raise ValueError(f"compressor_layers is {layers}; the compressor has {available} layers.")
     model.layers = model.layers[:layers]
-    # Models loop over as many layers as their config says, or over all there are.
-    model.config = copy.deepcopy(model.config)
+    # In place: the layers hold this very object, and ask it which attention to use.
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:layers]

@@ -90,9 +90,9 @@ def run_packed(
     output = backbone(
         inputs_embeds=embeddings[None],
         position_ids=position_ids[None],
-        # A mask of four dimensions is passed through unread: building the real one would take
-        # the square of all tokens.
-        attention_mask=embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool),
+        # A mask of four dimensions is passed through: building the real one would take the square
+        # of all tokens. An empty one, so that attention which does not know packing fails.
+        attention_mask=embeddings.new_ones((1, 1, 0, 0), dtype=torch.bool),
         use_cache=False,
         cu_seq_lens=packed.cu_seq_lens,
         max_seq_len=packed.max_length,

@@ -113,13 +113,13 @@ def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> Non
     torch.testing.assert_close(model.compress(*wider), together, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("readout", ["memory", "window"])
+@pytest.mark.parametrize("changes", [{"readout": "memory"}, {}, {"compressor_layers": 1}])
 def test_packed_rows_equal_padded_rows(
-    tiny_family: Path, readout: str, monkeypatch: pytest.MonkeyPatch
+    tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = build(tiny_family, readout=readout)
+    packed = build(tiny_family, **changes)
     monkeypatch.setattr("softrag.model.can_pack", lambda _: False)
-    padded = build(tiny_family, readout=readout)
+    padded = build(tiny_family, **changes)
 
     expected = padded.compress(*documents(padded))
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softrag import checkpoint
+from softrag.adapters import skip_input_casts
 from softrag.batch import IGNORED
 from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
@@ -111,6 +112,8 @@ class SoftRAGTrainer(Trainer):
         )
         # The loss divides by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
+        if bf16:
+            skip_input_casts(model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the parts' learning rates; vectors are not decayed."""
