@@ -151,13 +151,10 @@ class Indexer:
         tally.added += len(new)
 
     def _delete_gone(self, tally: _Tally) -> int:
-        deleted = 0
-        for source, ids in tally.ids.items():
-            # A source that could not be read whole may still have what seems to be gone.
-            if source not in tally.failed:
-                gone = self.store.ids_of_source(source) - ids
-                deleted += self.store.delete(sorted(gone)) if gone else 0
-        return deleted
+        # A source that could not be read whole may still have what seems to be gone.
+        whole = [source for source in tally.ids if source not in tally.failed]
+        stored = self.store.ids_of_sources(whole)
+        return self.store.delete({id_ for s in whole for id_ in stored[s] - tally.ids[s]})
 
 
 class _Tally:

@@ -22,6 +22,7 @@ IN_MEMORY = ":memory:"
 
 # Seconds. The client's default of 5 is short for an acknowledged write of megabytes.
 SERVER_TIMEOUT = 60
+GRPC_PORT = 6334
 
 
 def qdrant() -> ModuleType:
@@ -35,7 +36,11 @@ def is_url(location: str) -> bool:
 
 
 def connect(
-    location: str, *, api_key: str | None = None, prefer_grpc: bool = False
+    location: str,
+    *,
+    api_key: str | None = None,
+    prefer_grpc: bool = False,
+    grpc_port: int = GRPC_PORT,
 ) -> QdrantClient:
     """Return a client of `":memory:"`, a folder or a server's URL.
 
@@ -43,20 +48,17 @@ def connect(
         StoreError: The folder is open elsewhere or damaged.
     """
     if is_url(location):
-        return _connect_to_server(location, api_key=api_key, prefer_grpc=prefer_grpc)
+        client: QdrantClient = qdrant().QdrantClient(
+            url=location,
+            api_key=api_key,
+            prefer_grpc=prefer_grpc,
+            grpc_port=grpc_port,
+            timeout=SERVER_TIMEOUT,
+            # It would ask from another thread, and warn where an error follows anyway.
+            check_compatibility=False,
+        )
+        return client
     return _open_embedded(location)
-
-
-def _connect_to_server(url: str, *, api_key: str | None, prefer_grpc: bool) -> QdrantClient:
-    client: QdrantClient = qdrant().QdrantClient(
-        url=url,
-        api_key=api_key,
-        prefer_grpc=prefer_grpc,
-        timeout=SERVER_TIMEOUT,
-        # It would ask from another thread, and warn where an error follows anyway.
-        check_compatibility=False,
-    )
-    return client
 
 
 def _open_embedded(location: str) -> QdrantClient:
@@ -198,9 +200,15 @@ def store_errors(doing: str, location: str) -> Iterator[None]:
         ) from error
     except _server_errors() as error:
         raise StoreError(
-            f"{doing} failed on the Qdrant server {location}: {error}. Check that it is running "
-            "there, and the API key if it has one."
+            f"{doing} failed on the Qdrant server {location}: {_reason(error)}. Check that it is "
+            "running there, and the API key if it has one."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    grpc = load_extra("grpc", extra="qdrant", purpose="MemoryStore")
+    # As text, an error of gRPC is a page of debugging.
+    return str(error.details()) if isinstance(error, grpc.Call) else str(error)
 
 
 def _is_disk_full(error: sqlite3.Error | OSError) -> bool:

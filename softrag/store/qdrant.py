@@ -25,6 +25,7 @@ from softrag.documents import Chunk, Hit
 from softrag.errors import MemoryMismatchError, StoreError
 from softrag.memory import Memory
 from softrag.store.connection import (
+    GRPC_PORT,
     IN_MEMORY,
     connect,
     create_collection,
@@ -127,6 +128,7 @@ class MemoryStore:
         codec: str | None = None,
         api_key: str | None = None,
         prefer_grpc: bool = False,
+        grpc_port: int = GRPC_PORT,
     ) -> MemoryStore:
         """Open a collection, and create it when there is none.
 
@@ -142,7 +144,8 @@ class MemoryStore:
             codec: Of the memories (see `softrag.codec`); None takes the recorded one, or `"bf16"`
                 for a new collection.
             api_key: Of the server.
-            prefer_grpc: Talk gRPC (port 6334) instead of HTTP to the server.
+            prefer_grpc: Talk gRPC instead of HTTP to the server.
+            grpc_port: Of the server, on the URL's host.
 
         Raises:
             MemoryMismatchError: The collection belongs to another model or embedder.
@@ -164,7 +167,9 @@ class MemoryStore:
             # Only looking must leave no folder behind.
             if new is None and not is_url(location) and not Path(location).exists():
                 raise _missing(place)
-            client = connect(location, api_key=api_key, prefer_grpc=prefer_grpc)
+            client = connect(
+                location, api_key=api_key, prefer_grpc=prefer_grpc, grpc_port=grpc_port
+            )
             try:
                 if not client.collection_exists(collection):
                     if new is None:
@@ -370,7 +375,7 @@ class MemoryStore:
         ids: dict[str, set[str]] = {source: set() for source in sources}
         # The embedded store compares every point with a filter, which takes longer than reading
         # two fields of all of them.
-        filters = [None]
+        filters: list[models.Filter | None] = [None]
         if self._is_server:
             filters = [to_filter({"source": each}) for each in _slices(list(ids), MAX_LOOKUP)]
         for query_filter in filters:
