@@ -31,6 +31,7 @@ CORE_LAYERS = [
     {"asking", "indexing"},
     {"engine", "question_set"},
     {"cli"},
+    {"__main__"},
 ]
 LAYER_OF = {module: number for number, layer in enumerate(CORE_LAYERS) for module in layer}
 # What training shares with asking; it never sees how chunks are stored, found and asked about.
