@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +21,9 @@ def add_lora(backbone: PreTrainedModel, *, r: int, alpha: int, dropout: float = 
         dropout: On the adapters' inputs, while training.
     """
     peft = load_extra("peft", extra="train", purpose="A checkpoint with adapters")
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
+    config = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
+    )
     peft.inject_adapter_in_model(config, backbone)
 
 
@@ -33,6 +37,7 @@ def skip_input_casts(model: nn.Module) -> None:
 
     peft widens them to the adapters' float32 first, only for autocast to narrow them again.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
@@ -48,6 +53,7 @@ def merge_lora(backbone: nn.Module) -> int:
         The number of merged layers.
     """
     merged = 0
+    layer: Any
     for parent in list(backbone.modules()):
         for name, layer in list(parent.named_children()):
             if not hasattr(layer, "lora_A") or not hasattr(layer, "get_base_layer"):
@@ -56,9 +62,7 @@ def merge_lora(backbone: nn.Module) -> int:
             total = base.weight.float()
             for adapter in layer.lora_A:
                 total = total + layer.get_delta_weight(adapter).float()
-            plain = nn.Linear(
-                base.in_features, base.out_features, bias=False, device="meta"
-            )
+            plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
             if base.bias is not None:
                 plain.bias = base.bias

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from softrag.adapters import is_lora_weight
-from softrag.base_models import resolve_base_model
+from softrag.base_models import quiet_loading, resolve_base_model
 from softrag.config import SoftRAGConfig
 from softrag.errors import CheckpointError
 from softrag.prompt import prompt_signature
@@ -48,7 +48,8 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
     if path.is_dir():
         if not (path / _CONFIG).is_file():
             raise CheckpointError(
-                f"{path} has no {_CONFIG}; expected a folder written by SoftRAGModel.save_pretrained."
+                f"{path} has no {_CONFIG}; expected a folder written by "
+                "SoftRAGModel.save_pretrained."
             )
         return path
     try:
@@ -145,7 +146,8 @@ def upload(folder: Path, repo_id: str) -> None:
 
 def _save_tokenizers(model: SoftRAGModel, folder: Path) -> None:
     compressor, decoder = model.compressor_tokenizer, model.decoder_tokenizer
-    assert compressor is not None and decoder is not None
+    assert compressor is not None
+    assert decoder is not None
     if _tokenizer_signature(compressor) == _tokenizer_signature(decoder):
         decoder.save_pretrained(folder / _SHARED_TOKENIZER)
         return
@@ -163,7 +165,8 @@ def _base_weights(model: SoftRAGModel, trained: dict[str, torch.Tensor]) -> dict
     if not any(map(_is_trained_base_weight, trained)):
         return {}
     path = resolve_base_model(str(model.config.compressor))
-    state = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
+    with quiet_loading():
+        state = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
     return {f"compressor.{name}": tensor for name, tensor in state.items()}
 
 
@@ -255,7 +258,7 @@ def _read_tensors(folder: Path, *, skip: tuple[str, ...]) -> Iterator[tuple[str,
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                for key in tensors.keys():
                     if not skip or not key.startswith(skip):
                         yield key, tensors.get_tensor(key)
         except (OSError, SafetensorError) as error:
@@ -279,7 +282,8 @@ def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = N
     vocabulary and a probe, and the document prompt's settings. Floating point values are hashed
     as bfloat16, so that loading in another dtype does not change the result.
     """
-    assert model.compressor is not None and model.compressor_tokenizer is not None
+    assert model.compressor is not None
+    assert model.compressor_tokenizer is not None
     digest = blake2b(digest_size=16)
     digest.update(prompt_signature(model.config).encode())
     digest.update(_tokenizer_signature(model.compressor_tokenizer))

@@ -79,7 +79,9 @@ class SoftRAGConfig(PreTrainedConfig):
         """Check the values that would otherwise fail far from their cause."""
         super().__post_init__(**kwargs)
         if self.rate < 1:
-            raise ValueError(f"rate is {self.rate}; it must be 1 or more document tokens per soft token.")
+            raise ValueError(
+                f"rate is {self.rate}; it must be 1 or more document tokens per soft token."
+            )
         if self.memory_tokens is not None and self.memory_tokens < 1:
             raise ValueError(f"memory_tokens is {self.memory_tokens}; use None or at least 1.")
         if self.max_document_tokens < 1:
@@ -99,8 +101,8 @@ class SoftRAGConfig(PreTrainedConfig):
         values = self.decoder_config if part == "decoder" else self.compressor_config
         if values is None:
             raise ValueError(
-                f"The configuration has no {part}_config. Build models with SoftRAGModel.from_base, "
-                "which fills it in."
+                f"The configuration has no {part}_config. Build models with "
+                "SoftRAGModel.from_base, which fills it in."
             )
         values = dict(values)
         return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -1,4 +1,4 @@
-"""A memory: the soft tokens of one document, and its content address. It knows no model and no store."""
+"""A memory: the soft tokens of one document, and its address. It knows no model and no store."""
 
 from __future__ import annotations
 

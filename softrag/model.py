@@ -27,14 +27,17 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softrag import checkpoint
 from softrag.adapters import add_lora, is_lora_weight, merge_lora
-from softrag.base_models import resolve_base_model
+from softrag.base_models import quiet_loading, resolve_base_model
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import PlaceholderMismatchError
 from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed
-from softrag.prompt import AUTO_ENCODING_TOKEN, MEMORY_TOKEN, add_special_tokens
+from softrag.prompt import AUTO_ENCODING_TOKEN, MEMORY_TOKEN, add_special_tokens, token_id
 
 logger = logging.getLogger(__name__)
+
+# A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
+LanguageModel = Any
 
 
 class Connector(nn.Module):
@@ -76,14 +79,14 @@ class SoftRAGModel(PreTrainedModel):
     _supports_attention_backend = True
 
     config: SoftRAGConfig
-    decoder: PreTrainedModel | None
-    compressor: PreTrainedModel | None
+    decoder: LanguageModel | None
+    compressor: LanguageModel | None
 
     def __init__(
         self,
         config: SoftRAGConfig,
-        decoder: PreTrainedModel | None = None,
-        compressor: PreTrainedModel | None = None,
+        decoder: LanguageModel | None = None,
+        compressor: LanguageModel | None = None,
         *,
         load_decoder: bool = True,
         load_compressor: bool = True,
@@ -130,7 +133,7 @@ class SoftRAGModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights alone: the base models and peft initialise their own."""
 
-    def _prepare_backbone(self, model: PreTrainedModel) -> None:
+    def _prepare_backbone(self, model: LanguageModel) -> None:
         backbone = model.base_model
         if can_pack(backbone):
             model.set_attn_implementation(PACKED_ATTENTION)
@@ -186,14 +189,16 @@ class SoftRAGModel(PreTrainedModel):
             )
         frozen = frozen_dtype or dtype
         decoder_path = resolve_base_model(config.decoder)
-        decoder = AutoModelForCausalLM.from_pretrained(decoder_path, dtype=frozen)
-        config.decoder_config = decoder.config.to_dict()
+        with quiet_loading():
+            decoder = AutoModelForCausalLM.from_pretrained(decoder_path, dtype=frozen)
+        config.decoder_config = _shape_of(decoder)
         compressor_path, compressor = decoder_path, None
         if not config.shares_backbone:
             compressor_path = resolve_base_model(config.compressor)
             kept = frozen if config.compressor_lora is not None else dtype
-            compressor = AutoModel.from_pretrained(compressor_path, dtype=kept)
-            config.compressor_config = compressor.config.to_dict()
+            with quiet_loading():
+                compressor = AutoModel.from_pretrained(compressor_path, dtype=kept)
+            config.compressor_config = _shape_of(compressor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, decoder, compressor)
@@ -207,7 +212,8 @@ class SoftRAGModel(PreTrainedModel):
 
     @torch.no_grad()
     def _initialise_new_weights(self) -> None:
-        assert self.compressor is not None and self.decoder is not None
+        assert self.compressor is not None
+        assert self.decoder is not None
         # The mean embedding is in-distribution for every base model; zeros are not.
         words = self.compressor.get_input_embeddings().weight.float()
         self.memory_embedding.copy_(words.mean(0))
@@ -260,14 +266,14 @@ class SoftRAGModel(PreTrainedModel):
         decoder_dtype, compressor_dtype = _choose_dtypes(config, dtype, target)
         decoder = compressor = None
         if load_decoder or config.shares_backbone:
-            decoder = AutoModelForCausalLM.from_pretrained(
-                resolve_base_model(str(config.decoder)), dtype=decoder_dtype
-            )
+            path = resolve_base_model(str(config.decoder))
+            with quiet_loading():
+                decoder = AutoModelForCausalLM.from_pretrained(path, dtype=decoder_dtype)
         if load_compressor and not config.shares_backbone:
             # In float32 first: stored differences are added to the base weights before rounding.
-            compressor = AutoModel.from_pretrained(
-                resolve_base_model(str(config.compressor)), dtype=torch.float32
-            )
+            path = resolve_base_model(str(config.compressor))
+            with quiet_loading():
+                compressor = AutoModel.from_pretrained(path, dtype=torch.float32)
         model = cls(
             config, decoder, compressor, load_decoder=load_decoder, load_compressor=load_compressor
         )
@@ -283,14 +289,15 @@ class SoftRAGModel(PreTrainedModel):
             model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
         if model.decoder is not None:
             model.decoder.to(decoder_dtype)
-        return model.to(target).eval()
+        model.to(target)  # type: ignore[arg-type]
+        return model.eval()
 
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         *,
         storage: str = "full",
-        max_shard_size: int = 15 * 2**20,
+        max_shard_size: int = 15_000_000,
         push_to_hub: bool = False,
         repo_id: str | None = None,
     ) -> None:
@@ -375,9 +382,7 @@ class SoftRAGModel(PreTrainedModel):
         """Token id of `<AE>` in the decoder's inputs."""
         return _token_id(self.decoder_tokenizer, AUTO_ENCODING_TOKEN)
 
-    def compress(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def compress(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Turn documents into soft tokens.
 
         Args:
@@ -391,14 +396,12 @@ class SoftRAGModel(PreTrainedModel):
         states = self._memory_states(input_ids, attention_mask)
         return self.connector(states)
 
-    def _memory_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def _memory_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the compressor's states of all `<MEM>` tokens, `(memory, hidden)`."""
         if self.compressor is None:
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
         packed = pack(attention_mask)
-        ids = input_ids.flatten()[packed.index]
+        ids = input_ids.flatten()[packed.slot]
         is_memory = ids == self.memory_id
         words = self.compressor.get_input_embeddings()
         # Ids of added tokens lie behind the base vocabulary; any word will do in their place.
@@ -412,9 +415,7 @@ class SoftRAGModel(PreTrainedModel):
             return states[at_memory]
         at_text = (~is_memory).nonzero().squeeze(1)
         windows = _Windows.of(packed, is_memory, at_text, at_memory)
-        embeddings = embeddings.index_copy(
-            0, at_memory, memory + windows.mean(embeddings[at_text])
-        )
+        embeddings = embeddings.index_copy(0, at_memory, memory + windows.mean(embeddings[at_text]))
         position = packed.position.index_copy(0, at_memory, windows.end)
         states = self._run(self.compressor, embeddings, packed, position)
         return states[at_memory] + windows.mean(states[at_text])
@@ -493,15 +494,15 @@ class SoftRAGModel(PreTrainedModel):
         embeddings = self.embed_prompt(decoder_input_ids, decoder_attention_mask, soft_tokens)
         packed = pack(decoder_attention_mask)
         states = self._run(
-            self.decoder.base_model, embeddings.flatten(0, 1)[packed.index], packed, packed.position
+            self.decoder.base_model, embeddings.flatten(0, 1)[packed.slot], packed, packed.position
         )
         head = self.decoder.get_output_embeddings()
         if labels is None:
             padded = states.new_zeros((decoder_input_ids.numel(), states.shape[-1]))
-            padded = padded.index_copy(0, packed.index, states)
+            padded = padded.index_copy(0, packed.slot, states)
             return CausalLMOutput(logits=head(padded).view(*decoder_input_ids.shape, -1))
         # A state predicts the next token of its row; the last one of a row predicts nothing.
-        targets = labels.flatten()[packed.index].roll(-1)
+        targets = labels.flatten()[packed.slot].roll(-1)
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
         learned = (targets != IGNORED).nonzero().squeeze(1)
         logits = head(states[learned])
@@ -510,7 +511,7 @@ class SoftRAGModel(PreTrainedModel):
         return CausalLMOutput(loss=loss / items, logits=logits)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self, inputs: Mapping[str, torch.Tensor], *, max_new_tokens: int = 128
     ) -> list[str]:
         """Compress, then answer greedily.
@@ -541,7 +542,7 @@ class SoftRAGModel(PreTrainedModel):
 
     def _run(
         self,
-        backbone: PreTrainedModel,
+        backbone: LanguageModel,
         embeddings: torch.Tensor,
         packed: Packed,
         position: torch.Tensor,
@@ -590,7 +591,9 @@ class SoftRAGModel(PreTrainedModel):
     def _compute_dtype(self, embeddings: torch.Tensor) -> torch.dtype:
         """Autocast rounds matrix products only; start the residual stream in its dtype."""
         kind = embeddings.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return embeddings.dtype
 
     @property
     def _decoder_width(self) -> int:
@@ -598,20 +601,7 @@ class SoftRAGModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ training
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute activations in the backward pass, in both language models."""
-        options = gradient_checkpointing_kwargs or {"use_reentrant": False}
-        for part in self.language_models():
-            part.gradient_checkpointing_enable(options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        for part in self.language_models():
-            part.gradient_checkpointing_disable()
-
-    def language_models(self) -> Iterator[PreTrainedModel]:
+    def language_models(self) -> Iterator[LanguageModel]:
         """Yield the loaded compressor and decoder."""
         for part in (self.compressor, self.decoder):
             if part is not None:
@@ -643,9 +633,10 @@ class _Windows:
         text_per_row = packed.lengths - per_row
         row = packed.row[at_text]
         # Rank among the row's text tokens; the memory tokens may stand anywhere.
-        rank = torch.arange(len(at_text), device=row.device) - (
-            text_per_row.cumsum(0) - text_per_row
-        )[row]
+        rank = (
+            torch.arange(len(at_text), device=row.device)
+            - (text_per_row.cumsum(0) - text_per_row)[row]
+        )
         # A row without placeholders is read but owns no window.
         share = (rank * per_row[row]) // text_per_row[row].clamp_min(1)
         owner = torch.where(per_row[row] > 0, first[row] + share, len(at_memory))
@@ -674,13 +665,13 @@ def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
     return starts + torch.arange(len(starts), device=counts.device) - before
 
 
-def _share_backbone(decoder: PreTrainedModel) -> PreTrainedModel:
+def _share_backbone(decoder: LanguageModel) -> LanguageModel:
     """Return a second module tree over the decoder's own weights, to carry other adapters."""
     backbone = decoder.base_model
     return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
 
 
-def _keep_layers(model: PreTrainedModel, layers: int) -> None:
+def _keep_layers(model: LanguageModel, layers: int) -> None:
     """Drop all but the first layers of a backbone."""
     available = len(model.layers)
     if not 1 <= layers <= available:
@@ -690,6 +681,14 @@ def _keep_layers(model: PreTrainedModel, layers: int) -> None:
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:layers]
+
+
+def _shape_of(model: LanguageModel) -> dict[str, Any]:
+    """Return a base model's configuration, without where and how it was loaded here."""
+    values = model.config.to_diff_dict()
+    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype"):
+        values.pop(name, None)
+    return values
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -703,7 +702,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:
         raise ValueError(
             "The model has no tokenizers; load it with from_pretrained or build it with from_base."
         )
-    return tokenizer.convert_tokens_to_ids(token)
+    return token_id(tokenizer, token)
 
 
 def _choose_dtypes(

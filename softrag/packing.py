@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Packed(NamedTuple):
     """Where the real tokens of a padded batch are; T tokens in all.
 
     Attributes:
-        index: `(T,)` positions in the flattened `(batch * tokens)` batch.
+        slot: `(T,)` positions in the flattened `(batch * tokens)` batch.
         row: `(T,)` the row each token belongs to.
         position: `(T,)` its position in that row, from 0.
         cu_seq_lens: `(batch + 1,)` int32 borders of the rows.
@@ -40,7 +41,7 @@ class Packed(NamedTuple):
         max_length: Tokens of the longest row.
     """
 
-    index: torch.Tensor
+    slot: torch.Tensor
     row: torch.Tensor
     position: torch.Tensor
     cu_seq_lens: torch.Tensor
@@ -143,7 +144,15 @@ def _fused_attention() -> Fused | None:
         pass
     else:
 
-        def flash(q, k, v, borders, longest, scale, window):  # noqa: ANN001, ANN202
+        def flash(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            borders: torch.Tensor,
+            longest: int,
+            scale: float | None,
+            window: int | None,
+        ) -> torch.Tensor:
             left = -1 if window is None else window - 1
             return flash_attn_varlen_func(
                 q, k, v, borders, borders, longest, longest,
@@ -159,7 +168,15 @@ def _fused_attention() -> Fused | None:
     # grouped heads got a flag in 2.13.
     known = inspect.signature(varlen_attn).parameters
 
-    def varlen(q, k, v, borders, longest, scale, window):  # noqa: ANN001, ANN202
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        borders: torch.Tensor,
+        longest: int,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
         options: dict[str, Any] = {}
         groups = q.shape[1] // k.shape[1]
         if "enable_gqa" in known:
@@ -177,7 +194,8 @@ def _fused_attention() -> Fused | None:
         elif scale is not None:
             # The kernel divides by sqrt(head_dim); fold another scale into the queries.
             q = q * (scale * q.shape[-1] ** 0.5)
-        return varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+        output: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+        return output
 
     return varlen
 
@@ -193,7 +211,7 @@ def _sequence_by_sequence(
     """Attend to one sequence after the other: no padding, any device and dtype."""
     outputs = []
     borders = cu_seq_lens.tolist()
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         q_s, k_s, v_s = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
         mask = None
         if window is not None and end - start > window:

@@ -59,6 +59,11 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens([MEMORY_TOKEN, AUTO_ENCODING_TOKEN], special_tokens=True)
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of one token."""
+    return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize user text: special tokens written in it, `<MEM>` included, stay plain text."""
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -93,9 +98,7 @@ class DocumentPrompt:
             return self.config.memory_tokens
         return max(1, -(-n_document_tokens // self.config.rate))
 
-    def render(
-        self, document: str | Sequence[int], question: str | None = None
-    ) -> DocumentRow:
+    def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:
         """Lay out one document for the compressor.
 
         Args:
@@ -122,7 +125,7 @@ class DocumentPrompt:
         template = texts["document" if question is None else "document_with_question"]
         before, after = template.split("{document}")
         n_memory = self.memory_length(len(kept))
-        memory_id = self.tokenizer.convert_tokens_to_ids(MEMORY_TOKEN)
+        memory_id = token_id(self.tokenizer, MEMORY_TOKEN)
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         row = [
             *bos,
@@ -148,7 +151,7 @@ class RagPrompt:
         """Render the chat template once; `render` only fills the gaps."""
         self.tokenizer = tokenizer
         self.config = config
-        self.memory_id: int = tokenizer.convert_tokens_to_ids(MEMORY_TOKEN)
+        self.memory_id = token_id(tokenizer, MEMORY_TOKEN)
         texts = config.rag_prompt
         self._with_documents = self._pieces(
             texts["user"].format(documents=_DOCUMENTS, question=_QUESTION)
