@@ -41,6 +41,7 @@ TRAINERS_MAY_IMPORT = {
     "batch",
     "checkpoint",
     "config",
+    "documents",
     "errors",
     "evaluation",
     "extras",

@@ -1,7 +1,7 @@
-"""`python -m softrag_trainers pretrain|finetune KEY=VALUE...`: train from the command line.
+r"""`python -m softrag_trainers pretrain|finetune KEY=VALUE...`: train from the command line.
 
     python -m softrag_trainers pretrain out_dir=runs/pretrained data.train=[texts.jsonl]
-    python -m softrag_trainers finetune model=runs/pretrained out_dir=runs/model \\
+    python -m softrag_trainers finetune model=runs/pretrained out_dir=runs/model \
         data.train=[questions.jsonl] data.validation=[dev.jsonl]
 
 `recipe=demo|pisco|oscar` chooses shipped values. With several devices: `accelerate launch -m

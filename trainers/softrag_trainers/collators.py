@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from softrag.batch import IGNORED, collate_documents, collate_prompts
+from softrag.batch import collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.prompt import (
     AUTO_ENCODING_TOKEN,
@@ -23,6 +23,8 @@ from softrag.prompt import (
     DocumentRow,
     PromptRow,
     RagPrompt,
+    encode_text,
+    token_id,
 )
 from softrag_trainers.examples import QuestionRow
 
@@ -51,7 +53,16 @@ class MemoryCollator(ABC):
         noise: Share of answer tokens that the decoder sees replaced by random ones while learning
             the right ones, so that it reads the memories instead of its own last words.
         seed: Of every random choice.
+
+    Attributes:
+        epoch: The pass over the data; the trainer counts it.
+        random: For the random choices of the row that is being collated. They follow from seed,
+            epoch and the row alone: neither the batch it is in, nor the process that collates it,
+            nor a resumed run changes them.
     """
+
+    epoch = 0
+    random: random.Random
 
     def __init__(
         self,
@@ -68,21 +79,12 @@ class MemoryCollator(ABC):
         self.rag_prompt = RagPrompt.from_config(config, decoder_tokenizer)
         self.noise = noise
         self.seed = seed
-        self._random: random.Random | None = None
         # Padding is masked out everywhere; any id will do.
         self._pad = 0
 
     @abstractmethod
     def lesson(self, row: Any) -> Lesson:  # noqa: ANN401 (subclasses name their row)
         """Say what is compressed for a row, and what the decoder reads and learns."""
-
-    @property
-    def random(self) -> random.Random:
-        """A generator of its own for every data loading process."""
-        if self._random is None:
-            worker = torch.utils.data.get_worker_info()
-            self._random = random.Random(f"{self.seed}-{worker.seed if worker else 0}")
-        return self._random
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -93,26 +95,34 @@ class MemoryCollator(ABC):
         Raises:
             ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
         """
-        lessons = [self._checked(row) for row in rows]
-        batch = collate_prompts(
-            [lesson.prompt for lesson in lessons], self._pad, side="right", learn=True
-        )
-        assert batch.labels is not None
+        lessons, read = [], []
+        for row in rows:
+            self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
+            lesson = self._checked(row)
+            lessons.append(lesson)
+            read.append(self._with_noise(lesson.prompt))
+        prompts = [lesson.prompt for lesson in lessons]
+        learned = collate_prompts(prompts, self._pad, side="right", learn=True)
+        assert learned.labels is not None
         tensors = {
-            "decoder_input_ids": self._with_noise(batch.input_ids, batch.labels),
-            "decoder_attention_mask": batch.attention_mask,
-            "labels": batch.labels,
+            "decoder_input_ids": collate_prompts(read, self._pad, side="right").input_ids,
+            "decoder_attention_mask": learned.attention_mask,
+            "labels": learned.labels,
         }
-        distinct: dict[tuple[int, ...], int] = {}
-        used = [document for lesson in lessons for document in lesson.documents]
-        order = [distinct.setdefault(tuple(doc.input_ids), len(distinct)) for doc in used]
-        if used:
-            first = [used[order.index(index)] for index in range(len(distinct))]
-            documents = collate_documents(first, self._pad)
+        number_of: dict[tuple[int, ...], int] = {}
+        distinct: list[DocumentRow] = []
+        uses: list[int] = []
+        for document in (document for lesson in lessons for document in lesson.documents):
+            number = number_of.setdefault(tuple(document.input_ids), len(distinct))
+            if number == len(distinct):
+                distinct.append(document)
+            uses.append(number)
+        if uses:
+            documents = collate_documents(distinct, self._pad)
             tensors |= {
                 "compressor_input_ids": documents.input_ids,
                 "compressor_attention_mask": documents.attention_mask,
-                "document_index": torch.tensor(order),
+                "document_index": torch.tensor(uses),
             }
         return tensors
 
@@ -128,13 +138,16 @@ class MemoryCollator(ABC):
             )
         return lesson
 
-    def _with_noise(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _with_noise(self, prompt: PromptRow) -> PromptRow:
         if not self.noise:
-            return input_ids
-        generator = torch.Generator().manual_seed(self.random.getrandbits(62))
-        hit = (torch.rand(labels.shape, generator=generator) < self.noise) & (labels != IGNORED)
-        words = torch.randint(len(self.decoder_tokenizer) - 2, labels.shape, generator=generator)
-        return torch.where(hit, words, input_ids)
+            return prompt
+        # <MEM> and <AE> are the last two; they would call for soft tokens.
+        words = len(self.decoder_tokenizer) - 2
+        read = [
+            self.random.randrange(words) if self.random.random() < self.noise else token
+            for token in prompt.input_ids[prompt.answer_start :]
+        ]
+        return PromptRow(prompt.input_ids[: prompt.answer_start] + read, prompt.answer_start)
 
 
 class FineTuningCollator(MemoryCollator):
@@ -175,7 +188,10 @@ class FineTuningCollator(MemoryCollator):
         rendered = [self.document_prompt.render(text, for_question) for text in documents]
         if self.random.random() < self.text_share:
             # Cut where the compressor would cut, so that both read the same.
-            texts = [self._cut(text, doc) for text, doc in zip(documents, rendered, strict=True)]
+            texts = [
+                cut_text(self.document_prompt, text, document)
+                for text, document in zip(documents, rendered, strict=True)
+            ]
             return Lesson([], self.rag_prompt.render(question, texts, answer))
         lengths = [document.n_memory for document in rendered]
         return Lesson(rendered, self.rag_prompt.render(question, lengths, answer))
@@ -192,11 +208,12 @@ class FineTuningCollator(MemoryCollator):
         self.random.shuffle(chosen)
         return chosen
 
-    def _cut(self, text: str, row: DocumentRow) -> str:
-        if not row.truncated:
-            return text
-        tokens = self.document_prompt.tokenize(text)[: row.n_document_tokens]
-        return str(self.document_prompt.tokenizer.decode(tokens))
+
+def cut_text(prompt: DocumentPrompt, text: str, row: DocumentRow) -> str:
+    """Return as much of a text as the compressor read of it."""
+    if not row.truncated:
+        return text
+    return str(prompt.tokenizer.decode(prompt.tokenize(text)[: row.n_document_tokens]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +273,7 @@ class PretrainingCollator(MemoryCollator):
         self.quotation = quotation
         self.quoted_among = quoted_among
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
-        self._auto_encoding_id = decoder_tokenizer.convert_tokens_to_ids(AUTO_ENCODING_TOKEN)
+        self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
 
     def __call__(self, rows: Sequence[TextPiece]) -> dict[str, torch.Tensor]:
@@ -297,7 +314,4 @@ class PretrainingCollator(MemoryCollator):
     def _for_decoder(self, ids: list[int]) -> list[int]:
         if self._same_tokens or not ids:
             return ids
-        text = self.document_prompt.tokenizer.decode(ids)
-        return self.decoder_tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True
-        )
+        return encode_text(self.decoder_tokenizer, str(self.document_prompt.tokenizer.decode(ids)))

@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softrag.documents import document_text
 from softrag.errors import UnreadableFileError
 from softrag.extras import load_extra
 from softrag_trainers.json_lines import SUFFIXES, read_json_lines, write_json_lines
@@ -74,17 +75,6 @@ class QuestionRow:
                 f"Question {self.id!r} has {len(self.documents)} documents but {len(self.gold)} "
                 "gold flags; expected one flag a document."
             )
-
-
-def document_text(title: str | None, text: str) -> str:
-    r"""Return a document as it is indexed and compressed: its title on a line of its own.
-
-    >>> document_text("Paris", "The capital of France.")
-    'Paris\nThe capital of France.'
-    >>> document_text(None, "The capital of France.")
-    'The capital of France.'
-    """
-    return f"{title}\n{text}" if title else text
 
 
 def load_texts(paths: Paths, limit: int | None = None) -> list[TextRow]:

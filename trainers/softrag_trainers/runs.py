@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ from softrag.batch import collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
-from softrag.prompt import DocumentPrompt, RagPrompt
-from softrag_trainers.collators import FineTuningCollator, PretrainingCollator, TextPiece
+from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
+from softrag_trainers.collators import (
+    FineTuningCollator,
+    PretrainingCollator,
+    TextPiece,
+    cut_text,
+)
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
 from softrag_trainers.options import Architecture, Finetune, Pretrain, PretrainingData, Run
-from softrag_trainers.trainer import SoftRAGTrainer
+from softrag_trainers.trainer import SoftRAGTrainer, computes_in_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +39,16 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
     Returns:
         The trained model, saved in `options.out_dir`.
     """
-    model = _start(options.model, options.arch, options.run)
-    data = options.data
-    rows = load_texts(data.train, data.samples)
-    held_out = load_texts(data.validation, options.run.eval_rows) if data.validation else []
-    if not held_out:
-        held_out, rows = rows[-options.run.eval_rows :], rows[: -options.run.eval_rows]
-    assert model.compressor_tokenizer is not None and model.decoder_tokenizer is not None
+    data, run = options.data, options.run
+    rows = load_texts(_named(data.train), data.samples)
+    if data.validation:
+        held_out = load_texts(data.validation, run.eval_rows)
+    else:
+        kept = len(rows) - min(run.eval_rows, len(rows) // 10)
+        rows, held_out = rows[:kept], rows[kept:]
+    model = _start(options.model, options.arch, run)
+    assert model.compressor_tokenizer is not None
+    assert model.decoder_tokenizer is not None
     collator = PretrainingCollator(
         model.config,
         model.compressor_tokenizer,
@@ -47,17 +56,20 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
         continuation=data.continuation,
         quotation=data.quotation,
         noise=data.noise,
-        seed=options.run.seed,
+        seed=run.seed,
     )
+
+    def pieces(texts: list[TextRow]) -> TextPieces:
+        return TextPieces(texts, collator.document_prompt, data, run.seed)
+
     trainer = SoftRAGTrainer(
         model,
         options=options.optimizer,
-        run=options.run,
+        run=run,
         out_dir=options.out_dir,
         collator=collator,
-        train_rows=TextPieces(rows, collator.document_prompt, data, options.run.seed),
-        eval_rows=TextPieces(held_out, collator.document_prompt, data, options.run.seed)
-        .first(options.run.eval_rows),
+        train_rows=pieces(rows),
+        eval_rows=pieces(held_out).first(run.eval_rows) if held_out else None,
     )
     return _carry_out(trainer, options)
 
@@ -68,16 +80,17 @@ def finetune(options: Finetune) -> SoftRAGModel:
     Returns:
         The trained model, saved in `options.out_dir`.
     """
-    model = _start(options.model, options.arch, options.run)
+    data, run = options.data, options.run
+    rows = load_questions(_named(data.train), data.samples)
+    held_out = load_questions(data.validation)
+    # Evenly from all files: the first rows would be one data set's.
+    random.Random(run.seed).shuffle(held_out)
+    held_out = held_out[: run.eval_rows]
+    model = _start(options.model, options.arch, run)
     if options.query_dependent is not None:
         model.config.query_dependent = options.query_dependent
-    data = options.data
-    rows = load_questions(data.train, data.samples)
-    held_out = load_questions(data.validation) if data.validation else []
-    # Evenly from all files: the first rows would be one data set's.
-    random.Random(options.run.seed).shuffle(held_out)
-    held_out = held_out[: options.run.eval_rows]
-    assert model.compressor_tokenizer is not None and model.decoder_tokenizer is not None
+    assert model.compressor_tokenizer is not None
+    assert model.decoder_tokenizer is not None
     collator = FineTuningCollator(
         model.config,
         model.compressor_tokenizer,
@@ -85,25 +98,27 @@ def finetune(options: Finetune) -> SoftRAGModel:
         min_documents=data.min_documents,
         max_documents=data.max_documents,
         text_share=data.text_share,
-        seed=options.run.seed,
+        seed=run.seed,
     )
-    trainer = SoftRAGTrainer(
-        model,
-        options=options.optimizer,
-        run=options.run,
-        out_dir=options.out_dir,
-        collator=collator,
-        train_rows=Rows(rows),
-        eval_rows=Rows(held_out) if held_out else None,
-        score=lambda trained: score_questions(
+
+    def score(trained: SoftRAGModel) -> dict[str, float]:
+        return score_questions(
             trained,
             held_out,
             batch_size=options.optimizer.batch_size,
             max_new_tokens=data.max_new_tokens,
             as_text=data.text_share == 1,
         )
-        if held_out
-        else {},
+
+    trainer = SoftRAGTrainer(
+        model,
+        options=options.optimizer,
+        run=run,
+        out_dir=options.out_dir,
+        collator=collator,
+        train_rows=Rows(rows),
+        eval_rows=Rows(held_out) if held_out else None,
+        score=score if held_out else None,
     )
     return _carry_out(trainer, options)
 
@@ -119,39 +134,43 @@ def score_questions(
 ) -> dict[str, float]:
     """Answer questions greedily from all their documents, and score the answers.
 
+    Args:
+        model: What answers.
+        rows: The questions.
+        batch_size: Questions answered at once.
+        max_new_tokens: The longest answer.
+        as_text: Read the documents, cut as the compressor cuts them, instead of memories.
+
     Returns:
         Mean `em`, `f1`, `match` and, where its library is installed, `rouge_l`, in percent.
     """
-    assert model.compressor_tokenizer is not None and model.decoder_tokenizer is not None
+    assert model.compressor_tokenizer is not None
+    assert model.decoder_tokenizer is not None
     assert model.decoder is not None
     documents = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
     rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
     predictions: list[str] = []
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        rendered = [
-            [
-                documents.render(text, row.question if model.config.query_dependent else None)
-                for text in row.documents
-            ]
-            for row in batch
-        ]
-        prompts = collate_prompts(
-            [
-                rag.render(
-                    row.question, row.documents if as_text else [doc.n_memory for doc in docs]
-                )
-                for row, docs in zip(batch, rendered, strict=True)
-            ],
-            0,
-            side="left",
-        )
+        asked: list[PromptRow] = []
+        compressed: list[DocumentRow] = []
+        for row in rows[start : start + batch_size]:
+            question = row.question if model.config.query_dependent else None
+            rendered = [documents.render(text, question) for text in row.documents]
+            if as_text:
+                pairs = zip(row.documents, rendered, strict=True)
+                texts = [cut_text(documents, text, document) for text, document in pairs]
+                asked.append(rag.render(row.question, texts))
+            else:
+                compressed += rendered
+                lengths = [document.n_memory for document in rendered]
+                asked.append(rag.render(row.question, lengths))
+        prompts = collate_prompts(asked, 0, side="left")
         ids, mask = prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device)
-        flat = [] if as_text else [doc for docs in rendered for doc in docs]
-        soft_tokens = model.auto_encoding_embedding.new_zeros(0, model.decoder.config.hidden_size)
-        if flat:
-            tensors = collate_documents(flat, 0)
-            soft_tokens = model.compress(*(tensor.to(model.device) for tensor in tensors))
+        if compressed:
+            tensors = (tensor.to(model.device) for tensor in collate_documents(compressed, 0))
+            soft_tokens = model.compress(*tensors)
+        else:
+            soft_tokens = model.line_up_soft_tokens(None, None, None)
         generated = model.decoder.generate(
             inputs_embeds=model.embed_prompt(ids, mask, soft_tokens),
             attention_mask=mask,
@@ -247,21 +266,19 @@ class TextPieces(Dataset[TextPiece]):
         """Return one lesson's tokens."""
         text, borders, after = self.pieces[index]
         tokens = self.tokens[text]
-        chunks = tuple(
-            tokens[start:stop].tolist() for start, stop in zip(borders, borders[1:], strict=False)
-        )
+        chunks = tuple(tokens[start:stop].tolist() for start, stop in pairwise(borders))
         return TextPiece(chunks, tokens[borders[-1] : after].tolist())
 
 
 def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel:
     """Load the model to train, or build it, with float32 trained weights."""
-    bf16 = torch.cuda.is_available() if run.bf16 is None else run.bf16
-    frozen = torch.bfloat16 if bf16 else torch.float32
+    frozen = torch.bfloat16 if computes_in_bf16(run) else torch.float32
     if checkpoint is not None:
         model = SoftRAGModel.from_pretrained(checkpoint, dtype=torch.float32).train()
         model.config.storage = "full"
+        trained = set(model.trained_state())
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in model.trained_state())
+            parameter.requires_grad_(name in trained)
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(frozen)
         return model
@@ -287,9 +304,15 @@ def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel
     ).train()
 
 
+def _named(files: list[str]) -> list[str]:
+    if not files:
+        raise ValueError("There is nothing to train on: give files, data.train=[FILE,...].")
+    return files
+
+
 def _carry_out(trainer: SoftRAGTrainer, options: Pretrain | Finetune) -> SoftRAGModel:
     out_dir, run = Path(options.out_dir), options.run
-    model = trainer._bare_model
+    model = trainer.bare_model
     if run.compile:
         model.compile_layers()
     resume = get_last_checkpoint(str(out_dir)) if run.resume and out_dir.is_dir() else None

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from softrag import checkpoint
-from softrag.adapters import skip_input_casts
 from softrag.batch import IGNORED
 from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
@@ -26,6 +28,11 @@ from softrag_trainers.options import Optimizer, Run
 logger = logging.getLogger(__name__)
 
 Scores = Mapping[str, float]
+
+
+def computes_in_bf16(run: Run) -> bool:
+    """Tell whether a run computes in bfloat16: as it says, else on a GPU."""
+    return torch.cuda.is_available() if run.bf16 is None else run.bf16
 
 
 class DivergedError(SoftRAGError):
@@ -66,7 +73,7 @@ class SoftRAGTrainer(Trainer):
         self.budget = _TimeBudget(options.minutes)
         self.watch = _LossWatch(Path(out_dir))
         self.score = score
-        bf16 = torch.cuda.is_available() if run.bf16 is None else run.bf16
+        self.collator = collator
         evaluates = eval_rows is not None and run.eval_every > 0
         arguments = TrainingArguments(
             output_dir=str(out_dir),
@@ -77,7 +84,7 @@ class SoftRAGTrainer(Trainer):
             max_steps=options.steps or -1,
             max_grad_norm=options.clip,
             weight_decay=options.weight_decay,
-            bf16=bf16,
+            bf16=computes_in_bf16(run),
             seed=run.seed,
             data_seed=run.seed,
             dataloader_num_workers=run.workers,
@@ -90,7 +97,6 @@ class SoftRAGTrainer(Trainer):
             report_to=run.report_to,
             remove_unused_columns=False,
             label_names=["labels"],
-            gradient_checkpointing=run.gradient_checkpointing,
             use_cpu=not torch.cuda.is_available(),
             # A bar on a terminal, log lines in a pipe.
             disable_tqdm=not sys.stderr.isatty(),
@@ -102,18 +108,26 @@ class SoftRAGTrainer(Trainer):
                 "optimizer.minutes is for one process: several would stop at different steps. "
                 "Set optimizer.steps or optimizer.epochs instead."
             )
+        if run.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         super().__init__(
             model=model,
             args=arguments,
             data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            callbacks=[self.budget, self.watch],
+            callbacks=[_EpochCount(collator), self.budget, self.watch],
         )
         # The loss divides by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
-        if bf16:
-            skip_input_casts(model)
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None
+    ) -> TrainOutput:
+        """Train; the model can be used without autocast afterwards."""
+        # peft widens adapters' inputs to their float32, only for autocast to narrow them again.
+        with disable_input_dtype_casting(self.bare_model, active=self.args.bf16):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the parts' learning rates; vectors are not decayed."""
@@ -123,7 +137,7 @@ class SoftRAGTrainer(Trainer):
                 "decoder": self.options.decoder_lr,
             }
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-            for name, parameter in self._bare_model.named_parameters():
+            for name, parameter in self.bare_model.named_parameters():
                 if parameter.requires_grad:
                     rate = rates.get(name.split(".")[0], self.options.connector_lr)
                     decay = self.options.weight_decay if parameter.ndim > 1 else 0.0
@@ -147,10 +161,12 @@ class SoftRAGTrainer(Trainer):
                 rising = (done + 1 / max(1, num_training_steps)) / warmup if warmup else 1.0
                 return max(0.0, min(1.0, rising, (1 - done) / max(1e-9, 1 - warmup)))
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
@@ -175,25 +191,26 @@ class SoftRAGTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the development loss with true, shuffled and no memories, then the scores."""
-        model = self._bare_model
+        model = self.bare_model
         was_training = model.training
         model.eval()
         started = time.perf_counter()
         totals = {"": 0.0, "_shuffled": 0.0, "_without": 0.0}
         labels = 0
-        for batch in self._eval_batches(eval_dataset):
-            with self.compute_loss_context_manager():
-                for kind, loss, count in _three_losses(model, batch):
+        scores: Scores = {}
+        # Trainer's own context for losses does nothing: accelerate wraps `forward`, and only that.
+        with self.accelerator.autocast():
+            for batch in self._eval_batches(eval_dataset):
+                labels += int((batch["labels"] != IGNORED).sum())
+                for kind, loss in _three_losses(model, batch):
                     totals[kind] += loss
-                    labels += count if not kind else 0
+            if self.score is not None and self.is_world_process_zero():
+                scores = self.score(model)
         metrics = {
             f"{metric_key_prefix}_loss{kind}": total / max(1, labels)
             for kind, total in totals.items()
         }
-        if self.score is not None and self.is_world_process_zero():
-            with self.compute_loss_context_manager():
-                scores = self.score(model)
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         seconds = time.perf_counter() - started
         metrics[f"{metric_key_prefix}_seconds"] = seconds
         self.watch.leave_out(seconds)
@@ -206,35 +223,35 @@ class SoftRAGTrainer(Trainer):
 
     def _eval_batches(self, rows: Dataset[Any] | None) -> Iterator[dict[str, torch.Tensor]]:
         # Every process sees all rows: the set is small and the result needs no gathering.
-        rows = self.eval_dataset if rows is None else rows
-        assert rows is not None and self.data_collator is not None
+        data: Any = self.eval_dataset if rows is None else rows
         size = self.args.per_device_eval_batch_size
-        for start in range(0, len(rows), size):  # type: ignore[arg-type]
-            stop = min(start + size, len(rows))  # type: ignore[arg-type]
-            batch = self.data_collator([rows[index] for index in range(start, stop)])
+        # The same random choices at every evaluation, so that their losses compare.
+        training_epoch, self.collator.epoch = self.collator.epoch, 0
+        for start in range(0, len(data), size):
+            stop = min(start + size, len(data))
+            batch = self.collator([data[index] for index in range(start, stop)])
             yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+        self.collator.epoch = training_epoch
 
     @property
-    def _bare_model(self) -> SoftRAGModel:
+    def bare_model(self) -> SoftRAGModel:
+        """The model, out of what distributes it over processes."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
-        folder = Path(output_dir or self.args.output_dir)
-        model = self._bare_model
-        model.forget_fingerprint()
-        model.save_pretrained(folder)
+        self.bare_model.forget_fingerprint()
+        self.bare_model.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        checkpoint.load_weights(self._bare_model, Path(resume_from_checkpoint))
+        checkpoint.load_weights(self.bare_model, Path(resume_from_checkpoint))
 
 
 def _three_losses(
     model: SoftRAGModel, batch: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, float, int]]:
-    """Yield (kind, summed loss, labels) with true, shuffled and averaged memories."""
-    count = int((batch["labels"] != IGNORED).sum())
+) -> Iterator[tuple[str, float]]:
+    """Yield the summed loss with true, shuffled and averaged memories."""
     prompts = {
         name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask", "labels")
     }
@@ -243,16 +260,28 @@ def _three_losses(
         batch.get("compressor_attention_mask"),
         batch.get("document_index"),
     )
-    average = soft_tokens.mean(0, keepdim=True).expand_as(soft_tokens) if len(soft_tokens) else soft_tokens
+    average = soft_tokens.mean(0, keepdim=True) if len(soft_tokens) else soft_tokens
     kinds = {
         "": soft_tokens,
         # Half the batch away: another question's documents.
         "_shuffled": soft_tokens.roll(len(soft_tokens) // 2, 0),
-        "_without": average,
+        "_without": average.expand_as(soft_tokens),
     }
     for kind, values in kinds.items():
         output = model(**prompts, soft_tokens=values, num_items_in_batch=1)
-        yield kind, float(output.loss), count
+        yield kind, float(output.loss)
+
+
+class _EpochCount(TrainerCallback):
+    """Tells the collator which pass over the data it is."""
+
+    def __init__(self, collator: MemoryCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.collator.epoch = int(state.epoch or 0)
 
 
 class _TimeBudget(TrainerCallback):
@@ -300,6 +329,9 @@ class _LossWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if control.should_save:
+            # Nothing is to be resumed from weights that are not numbers.
+            self._check_pending()
         # The first steps compile; the clock starts behind them.
         if state.global_step == 5:
             self._drain()
@@ -321,8 +353,7 @@ class _LossWatch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        while self._pending:
-            self._check(*self._pending.pop(0))
+        self._check_pending()
 
     def leave_out(self, seconds: float) -> None:
         """Don't count so much time, such as an evaluation's, in the speed."""
@@ -333,13 +364,15 @@ class _LossWatch(TrainerCallback):
         self.tokens += int(sum(int(count) for count in self._counts))
         self._counts.clear()
 
+    def _check_pending(self) -> None:
+        while self._pending:
+            self._check(*self._pending.pop(0))
+
     def _check(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         if torch.isfinite(loss):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "diverged_batch.safetensors"
-        from safetensors.torch import save_file
-
         save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, path)
         raise DivergedError(
             f"The loss is {float(loss)}. The batch that caused it is in {path}. Lower the learning "

@@ -1,0 +1,1 @@
+"""Shipped values of the options, one file for each recipe and stage."""
