@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEMO_MODEL = "softrag-demo"
+"""Name of the small model that comes with the package."""
+
 STORAGES = ("full", "int8")
 _DIFFERENCE, _SCALE = ".difference", ".difference_scale"
 _CONFIG = "config.json"
@@ -39,12 +42,14 @@ _HF_FIELDS = {"architectures", "auto_map", "torch_dtype", "dtype", "transformers
 
 
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint: the path itself, or a download from the hub.
+    """Return the folder of a checkpoint: the path itself, the demo's, or a hub download's.
 
     Raises:
         CheckpointError: Neither a folder with a config.json nor a reachable hub name.
     """
     path = Path(name)
+    if str(name) == DEMO_MODEL:
+        path = Path(__file__).parent / "demo" / "checkpoint"
     if path.is_dir():
         if not (path / _CONFIG).is_file():
             raise CheckpointError(

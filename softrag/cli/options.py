@@ -17,7 +17,8 @@ DEMO = Path(__file__).parent.parent / "demo"
 """What ships for trying out: `checkpoint/`, `corpus/`, `questions.json`."""
 
 DEFAULT_STORE = "softrag_store"
-DEFAULT_MODEL = str(DEMO / "checkpoint")
+# The same folder as DEMO / "checkpoint"; importing its name from the core would load torch.
+DEFAULT_MODEL = "softrag-demo"
 
 Store = Annotated[
     str,
