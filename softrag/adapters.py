@@ -32,17 +32,6 @@ def is_lora_weight(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def skip_input_casts(model: nn.Module) -> None:
-    """Leave adapters' inputs in the dtype they have; for training under autocast.
-
-    peft widens them to the adapters' float32 first, only for autocast to narrow them again.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-
-
 @torch.no_grad()
 def merge_lora(backbone: nn.Module) -> int:
     """Replace every adapted layer by a plain one with the sum of the weights.

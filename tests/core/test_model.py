@@ -77,7 +77,10 @@ def test_every_kind_of_compressor_saves_loads_and_compresses_the_same(
 
 def test_all_families_compress_and_answer(tiny_family: Path) -> None:
     model = build(tiny_family)
-    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rows = [
+        DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t)
+        for t in TEXTS
+    ]
     rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
     asked = [
         rag.render("What boils?", [rows[0].n_memory]),
@@ -97,7 +100,10 @@ def test_all_families_compress_and_answer(tiny_family: Path) -> None:
         max_new_tokens=4,
     )
 
-    assert soft_tokens.shape == (sum(row.n_memory for row in rows), model.decoder.config.hidden_size)
+    assert soft_tokens.shape == (
+        sum(row.n_memory for row in rows),
+        model.decoder.config.hidden_size,
+    )
     assert len(answers) == 2
     assert all(isinstance(answer, str) for answer in answers)
 
@@ -134,7 +140,9 @@ def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Pa
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
     packed = pack(mask)
     is_memory = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]).bool()
-    windows = _Windows.of(packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0])
+    windows = _Windows.of(
+        packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0]
+    )
 
     assert windows.owner.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert windows.count.tolist() == [3, 2]
@@ -174,7 +182,10 @@ def test_too_few_soft_tokens_name_both_counts(tiny_llama: Path) -> None:
 
 def test_loss_is_that_of_the_answer_tokens_alone(tiny_family: Path) -> None:
     model = build(tiny_family)
-    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rows = [
+        DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t)
+        for t in TEXTS
+    ]
     rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
     taught = [
         rag.render("What boils?", [rows[0].n_memory], answer="Water"),
@@ -205,7 +216,10 @@ def test_a_document_used_twice_is_compressed_once_and_filled_in_both_places(
     tiny_llama: Path,
 ) -> None:
     model = build(tiny_llama)
-    rows = [DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t) for t in TEXTS]
+    rows = [
+        DocumentPrompt.from_config(model.config, model.compressor_tokenizer).render(t)
+        for t in TEXTS
+    ]
     rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
     lengths = [rows[1].n_memory, rows[0].n_memory, rows[1].n_memory]
     prompt = collate_prompts([rag.render("Who?", lengths)], 0, side="right")
@@ -231,11 +245,15 @@ def test_merging_adapters_keeps_the_answers_and_a_shared_backbone_apart(tiny_lla
         model.merge_adapters()
 
         torch.testing.assert_close(model.compress(*batch), before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model.decoder(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.decoder(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4
+        )
         assert not any(".lora_" in name for name, _ in model.named_parameters())
 
 
-def test_only_new_tokens_connector_adapters_and_the_compressor_are_trained(tiny_llama: Path) -> None:
+def test_only_new_tokens_connector_adapters_and_the_compressor_are_trained(
+    tiny_llama: Path,
+) -> None:
     model = build(tiny_llama)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -261,7 +279,9 @@ def test_a_folder_with_adapters_holds_the_adapters_and_not_the_base(
     assert not list(tmp_path.glob(".part-*"))
 
 
-def test_eight_bit_storage_loads_what_its_fingerprint_says(tiny_llama: Path, tmp_path: Path) -> None:
+def test_eight_bit_storage_loads_what_its_fingerprint_says(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     model = build(tiny_llama)
     shake(model)
     exact = model.compress(*documents(model))
@@ -269,9 +289,12 @@ def test_eight_bit_storage_loads_what_its_fingerprint_says(tiny_llama: Path, tmp
     model.save_pretrained(tmp_path, storage="int8")
     loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
 
-    assert load_file(tmp_path / "model.safetensors")[
-        "compressor.layers.0.mlp.up_proj.weight.difference"
-    ].dtype == torch.int8
+    assert (
+        load_file(tmp_path / "model.safetensors")[
+            "compressor.layers.0.mlp.up_proj.weight.difference"
+        ].dtype
+        == torch.int8
+    )
     assert loaded.fingerprint == json.loads((tmp_path / "config.json").read_text())["fingerprint"]
     assert loaded.fingerprint != model.fingerprint
     error = (loaded.compress(*documents(loaded)) - exact).norm() / exact.norm()
@@ -298,7 +321,12 @@ def test_either_part_can_be_left_out(tiny_llama: Path, tmp_path: Path) -> None:
         {"rate": 8},
         {"max_document_tokens": 99},
         {"readout": "memory"},
-        {"document_prompt": {"document": "Text: {document}", "document_with_question": "{document}"}},
+        {
+            "document_prompt": {
+                "document": "Text: {document}",
+                "document_with_question": "{document}",
+            }
+        },
     ],
 )
 def test_the_fingerprint_covers_what_decides_a_memory(tiny_llama: Path, change: dict) -> None:
