@@ -155,7 +155,8 @@ class TestRagPrompt:
         row = rag.render("Who?", [1], "Ada")
 
         assert tokenizer.decode(row.input_ids) == (
-            f"<|begin_of_text|>{SYSTEM}\n\nBackground:\n<MEM>\n\nQuestion: Who?\nAnswer:Ada<|eot_id|>"
+            f"<|begin_of_text|>{SYSTEM}\n\n"
+            "Background:\n<MEM>\n\nQuestion: Who?\nAnswer:Ada<|eot_id|>"
         )
 
     def test_a_tokenizer_that_ends_nothing_is_refused(self) -> None:

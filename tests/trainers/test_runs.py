@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
 from softrag.batch import collate_documents
-from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt
-from softrag_trainers.__main__ import main
 from softrag_trainers.options import read_options
 from softrag_trainers.runs import finetune
-from tests.families import SENTENCES
-from tests.trainers.tiny import question_records, text_records, tiny_arch, write_lines
+from tests.trainers.tiny import question_records, tiny_arch, write_lines
 
 ROOT = Path(__file__).parents[2]
 SHORT = [

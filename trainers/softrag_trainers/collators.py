@@ -286,7 +286,7 @@ class PretrainingCollator(MemoryCollator):
         draw = self.random.random()
         if draw < self.continuation and row.following:
             return self._lay_out(row.chunks, [], row.following, reconstruct=False)
-        if draw < self.continuation + self.quotation:
+        if self.continuation <= draw < self.continuation + self.quotation:
             return self._quote(row)
         whole = [token for chunk in row.chunks for token in chunk]
         return self._lay_out(row.chunks, [], whole, reconstruct=True)

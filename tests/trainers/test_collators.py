@@ -1,0 +1,340 @@
+"""Training rows to tensors, by exact values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from softrag.batch import IGNORED
+from softrag.config import SoftRAGConfig
+from softrag.prompt import DocumentPrompt, PromptRow, RagPrompt, add_special_tokens, token_id
+from softrag_trainers.collators import (
+    FineTuningCollator,
+    Lesson,
+    MemoryCollator,
+    PretrainingCollator,
+    TextPiece,
+)
+from softrag_trainers.examples import QuestionRow
+from tests.families import FAMILIES, build_tokenizer
+
+ROW = QuestionRow(
+    id="q1",
+    question="Who wrote Hamlet?",
+    answers=("William Shakespeare", "Shakespeare"),
+    documents=("Hamlet, by William Shakespeare.", "Water boils.", "Paris is in France."),
+    gold=(True, False, False),
+    source="tiny",
+)
+NEWLINE = "\n"
+
+
+@pytest.fixture(params=list(FAMILIES))
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return tokenizer_of(request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedTokenizerBase:
+    return tokenizer_of("Llama")
+
+
+def tokenizer_of(family: str) -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer(family)
+    add_special_tokens(tokenizer)
+    return tokenizer
+
+
+def config(**changes: Any) -> SoftRAGConfig:
+    return SoftRAGConfig(**{"rate": 4} | changes)
+
+
+def finetuning(tokenizer: PreTrainedTokenizerBase, **options: Any) -> FineTuningCollator:
+    return FineTuningCollator(config(), tokenizer, tokenizer, **options)
+
+
+def pretraining(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PretrainingCollator:
+    return PretrainingCollator(config(), tokenizer, tokenizer, **options)
+
+
+def rows_of(tensors: dict[str, torch.Tensor], part: str) -> list[list[int]]:
+    """Return the token ids without padding."""
+    pairs = zip(tensors[f"{part}_input_ids"], tensors[f"{part}_attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+
+def labels_of(tensors: dict[str, torch.Tensor]) -> list[list[int]]:
+    return [row[row != IGNORED].tolist() for row in tensors["labels"]]
+
+
+class Fixed(MemoryCollator):
+    """Teaches rows that are lessons already."""
+
+    def lesson(self, row: Lesson) -> Lesson:
+        return row
+
+
+class TestMemoryCollator:
+    def test_rows_become_padded_tensors_with_labels_on_what_is_learned(self, llama) -> None:
+        documents = DocumentPrompt.from_config(config(), llama)
+        bos, memory = llama.bos_token_id, token_id(llama, "<MEM>")
+        long, short = documents.render([5, 6, 7, 8, 9]), documents.render([10])
+        lessons = [
+            Lesson([long, short], PromptRow([memory, memory, 20, memory, 21, 22], 4)),
+            Lesson([short], PromptRow([memory, 23], 1)),
+        ]
+
+        tensors = Fixed(config(), llama, llama)(lessons)
+
+        assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+            "decoder_input_ids": [
+                [memory, memory, 20, memory, 21, 22],
+                [memory, 23, 0, 0, 0, 0],
+            ],
+            "decoder_attention_mask": [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]],
+            "labels": [
+                [IGNORED, IGNORED, IGNORED, IGNORED, 21, 22],
+                [IGNORED, 23, IGNORED, IGNORED, IGNORED, IGNORED],
+            ],
+            "compressor_input_ids": [
+                [bos, 5, 6, 7, 8, 9, memory, memory],
+                [bos, 10, memory, 0, 0, 0, 0, 0],
+            ],
+            "compressor_attention_mask": [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]],
+            "document_index": [0, 1, 1],
+        }
+
+    def test_lessons_without_documents_have_no_compressor_tensors(self, llama) -> None:
+        tensors = Fixed(config(), llama, llama)([Lesson([], PromptRow([20, 21], 1))])
+
+        assert set(tensors) == {"decoder_input_ids", "decoder_attention_mask", "labels"}
+
+    @pytest.mark.parametrize(("placeholders", "soft_tokens"), [(1, 2), (3, 2), (0, 2)])
+    def test_a_subclass_that_miscounts_is_told_both_counts_before_any_model_runs(
+        self, llama, placeholders: int, soft_tokens: int
+    ) -> None:
+        class Miscounts(MemoryCollator):
+            def lesson(self, row: QuestionRow) -> Lesson:
+                document = self.document_prompt.render([5] * 8)
+                assert document.n_memory == soft_tokens
+                prompt = self.rag_prompt.render(row.question, [placeholders], row.answers[0])
+                return Lesson([document], prompt)
+
+        with pytest.raises(
+            ValueError,
+            match=rf"Miscounts\.lesson made a prompt with {placeholders} <MEM> placeholders for "
+            rf"documents of {soft_tokens} soft tokens",
+        ):
+            Miscounts(config(), llama, llama)([ROW])
+
+    def test_noise_is_read_in_place_of_answer_tokens_and_never_learned(self, llama) -> None:
+        rag = RagPrompt.from_config(config(), llama)
+        prompts = [rag.render("Who?", [], "William Shakespeare " * 20) for _ in range(4)]
+        lessons = [Lesson([], prompt) for prompt in prompts]
+
+        noisy = Fixed(config(), llama, llama, noise=0.25)(lessons)
+        clean = Fixed(config(), llama, llama)(lessons)
+
+        changed = noisy["decoder_input_ids"] != clean["decoder_input_ids"]
+        learned = clean["labels"] != IGNORED
+        assert not changed[~learned].any()
+        assert 0.15 < changed[learned].float().mean() < 0.35
+        assert torch.equal(noisy["labels"], clean["labels"])
+        assert noisy["decoder_input_ids"].max() < token_id(llama, "<MEM>")
+
+    def test_random_choices_depend_on_the_row_seed_and_epoch_and_not_on_the_batch(
+        self, llama
+    ) -> None:
+        rows = [replace(ROW, id=f"q{number}") for number in range(4)]
+
+        def alone(seed: int = 0, epoch: int = 0) -> list[list[int]]:
+            collator = finetuning(llama, min_documents=1, text_share=0.5, seed=seed)
+            collator.epoch = epoch
+            return [rows_of(collator([row]), "decoder")[0] for row in reversed(rows)][::-1]
+
+        together = finetuning(llama, min_documents=1, text_share=0.5)(rows)
+
+        assert rows_of(together, "decoder") == alone()
+        assert alone(epoch=1) != alone()
+        assert alone(seed=1) != alone()
+
+
+class TestFineTuningCollator:
+    def test_a_training_row_is_what_is_asked_and_the_first_answer(self, tokenizer) -> None:
+        row = replace(ROW, documents=ROW.documents[:1], gold=(True,))
+        documents = DocumentPrompt.from_config(config(), tokenizer)
+        rag = RagPrompt.from_config(config(), tokenizer)
+        document = documents.render(row.documents[0])
+        asked = rag.render(row.question, [document.n_memory])
+        answer = [*tokenizer.encode("William Shakespeare", add_special_tokens=False), rag.end_id]
+
+        tensors = finetuning(tokenizer)([row])
+
+        assert rows_of(tensors, "decoder") == [asked.input_ids + answer]
+        assert tensors["labels"].tolist() == [[IGNORED] * asked.answer_start + answer]
+        assert rows_of(tensors, "compressor") == [document.input_ids]
+
+    def test_documents_that_rows_share_are_compressed_once(self, llama) -> None:
+        other = replace(ROW, question="What boils?", answers=("Water",))
+        documents = DocumentPrompt.from_config(config(), llama)
+
+        tensors = finetuning(llama)([ROW, other])
+
+        compressed = rows_of(tensors, "compressor")
+        assert sorted(compressed) == sorted(documents.render(t).input_ids for t in ROW.documents)
+        # Each row uses all three, in an order of its own.
+        index = tensors["document_index"].tolist()
+        assert index[:3] == [0, 1, 2]
+        assert sorted(index[3:]) == [0, 1, 2]
+
+    def test_a_query_dependent_compressor_reads_the_question_with_each_document(
+        self, llama
+    ) -> None:
+        oscar = config(query_dependent=True)
+        documents = DocumentPrompt.from_config(oscar, llama)
+
+        tensors = FineTuningCollator(oscar, llama, llama)([ROW])
+
+        assert sorted(rows_of(tensors, "compressor")) == sorted(
+            documents.render(text, ROW.question).input_ids for text in ROW.documents
+        )
+
+    def test_the_number_of_documents_varies_and_the_gold_one_stays(self, llama) -> None:
+        collator = finetuning(llama, min_documents=1, max_documents=2)
+        gold = collator.document_prompt.render(ROW.documents[0]).input_ids
+        counts = set()
+        for number in range(20):
+            compressed = rows_of(collator([replace(ROW, id=str(number))]), "compressor")
+            assert gold in compressed
+            counts.add(len(compressed))
+
+        assert counts == {1, 2}
+
+    @pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (9, 3)])
+    def test_min_documents_beyond_what_a_row_has_means_all_of_them(
+        self, llama, most: int | None, expected: int
+    ) -> None:
+        tensors = finetuning(llama, min_documents=5, max_documents=most)([ROW])
+
+        assert len(tensors["document_index"]) == expected
+
+    def test_a_text_share_of_one_reads_every_document_as_text(self, llama) -> None:
+        tensors = finetuning(llama, text_share=1.0)([ROW])
+
+        text = llama.decode(rows_of(tensors, "decoder")[0])
+        assert "compressor_input_ids" not in tensors
+        assert "<MEM>" not in text
+        assert sorted(text.split("Background:\n")[1].split("\n\n")[0].split("\n")) == sorted(
+            ROW.documents
+        )
+        assert llama.decode(labels_of(tensors)[0]) == "William Shakespeare<|eot_id|>"
+
+    def test_a_document_read_as_text_is_cut_where_the_compressor_would_cut_it(self, llama) -> None:
+        short = config(max_document_tokens=3)
+        tokens = llama.encode(ROW.documents[0], add_special_tokens=False)
+        row = replace(ROW, documents=ROW.documents[:1], gold=(True,))
+
+        tensors = FineTuningCollator(short, llama, llama, text_share=1.0)([row])
+
+        text = llama.decode(rows_of(tensors, "decoder")[0])
+        assert f"Background:\n{llama.decode(tokens[:3])}\n\nQuestion" in text
+
+
+class TestPretrainingCollator:
+    CHUNKS = ([11, 12, 13, 14, 15], [16, 17])
+    FOLLOWING = [18, 19, 20]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int, int, list[int]]:
+        """Return bos (where there is one), <MEM>, <AE> and the separator of documents."""
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        separator = tokenizer.encode(NEWLINE, add_special_tokens=False)
+        return bos, token_id(tokenizer, "<MEM>"), token_id(tokenizer, "<AE>"), separator
+
+    def test_auto_encoding_gives_several_chunks_back_in_order(self, tokenizer) -> None:
+        bos, memory, auto, separator = self.ids(tokenizer)
+        piece = TextPiece(self.CHUNKS, self.FOLLOWING)
+
+        tensors = pretraining(tokenizer, continuation=0)([piece])
+
+        learned = [11, 12, 13, 14, 15, 16, 17]
+        before = [*bos, memory, memory, *separator, memory, auto]
+        assert tensors["decoder_input_ids"].tolist() == [before + learned]
+        assert tensors["labels"].tolist() == [[IGNORED] * len(before) + learned]
+        assert rows_of(tensors, "compressor") == [
+            [*bos, 11, 12, 13, 14, 15, memory, memory],
+            [*bos, 16, 17, memory],
+        ]
+        assert tensors["document_index"].tolist() == [0, 1]
+
+    def test_continuation_learns_what_follows_without_the_auto_encoding_token(
+        self, tokenizer
+    ) -> None:
+        bos, memory, _, separator = self.ids(tokenizer)
+
+        tensors = pretraining(tokenizer, continuation=1)([TextPiece(self.CHUNKS, self.FOLLOWING)])
+
+        before = [*bos, memory, memory, *separator, memory]
+        assert tensors["decoder_input_ids"].tolist() == [before + self.FOLLOWING]
+        assert labels_of(tensors) == [self.FOLLOWING]
+
+    def test_the_end_of_a_text_is_auto_encoded_having_nothing_to_continue(self, llama) -> None:
+        tensors = pretraining(llama, continuation=1)([TextPiece(self.CHUNKS[1:])])
+
+        assert labels_of(tensors) == [self.CHUNKS[1]]
+
+    def test_a_quotation_finds_its_chunk_among_the_batchs_others(self, llama) -> None:
+        bos, memory, auto, separator = self.ids(llama)
+        chunks = [list(range(start, start + 30)) for start in (0, 60, 120, 180, 240)]
+        pieces = [TextPiece((chunk,)) for chunk in chunks]
+
+        tensors = pretraining(llama, continuation=0, quotation=1, quoted_among=3)(pieces)
+
+        memories = [memory] * 8
+        layout = [*bos, *memories, *separator, *memories, *separator, *memories, auto]
+        index = tensors["document_index"].view(5, 3).tolist()
+        compressed = [row[1:31] for row in rows_of(tensors, "compressor")]
+        places = set()
+        for chunk, row, learned, used in zip(
+            chunks, rows_of(tensors, "decoder"), labels_of(tensors), index, strict=True
+        ):
+            cue = row[len(layout) : len(layout) + 8]
+            assert row == [*layout, *cue, *learned]
+            # The cue is read, what follows it in the chunk is learned.
+            start = chunk.index(cue[0])
+            assert cue + learned == chunk[start : start + 40]
+            assert len(learned) >= 8
+            assert len(set(used)) == 3
+            places.add([compressed[number] for number in used].index(chunk))
+        assert len(places) > 1
+
+    def test_a_quotation_from_a_chunk_of_one_token_still_learns_it(self, llama) -> None:
+        tensors = pretraining(llama, continuation=0, quotation=1)([TextPiece(([11],))])
+
+        assert labels_of(tensors) == [[11]]
+
+    def test_the_tasks_get_their_shares(self, llama) -> None:
+        _, _, auto, _ = self.ids(llama)
+        pieces = [TextPiece(([n, n + 1],), [7]) for n in range(300)]
+
+        tensors = pretraining(llama, continuation=0.3)(pieces)
+
+        continued = sum(auto not in row for row in rows_of(tensors, "decoder"))
+        assert 60 < continued < 120
+
+    def test_shares_beyond_one_are_refused(self, llama) -> None:
+        with pytest.raises(ValueError, match=r"continuation \(0\.6\) and quotation \(0\.5\)"):
+            pretraining(llama, continuation=0.6, quotation=0.5)
+
+    def test_a_decoder_with_another_vocabulary_learns_its_own_tokens(self, llama) -> None:
+        mistral = tokenizer_of("Mistral")
+        text = "Water boils at sea level."
+        piece = TextPiece((llama.encode(text, add_special_tokens=False),))
+
+        tensors = PretrainingCollator(config(), llama, mistral, continuation=0)([piece])
+
+        assert mistral.decode(labels_of(tensors)[0]) == text
+        assert rows_of(tensors, "decoder")[0][0] == mistral.bos_token_id
