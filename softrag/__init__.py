@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softrag.compressor import Compressor
     from softrag.config import SoftRAGConfig
     from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
-    from softrag.documents import Chunk, Document, Hit
+    from softrag.documents import Chunk, Document, Hit, document_text
     from softrag.embedder import Embedder, default_embedder
     from softrag.engine import SoftRAG
     from softrag.errors import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from softrag.handles import MemoryCache, escape_handles, find_handles, make_handle
     from softrag.memory import Memory, memory_key
     from softrag.model import SoftRAGModel
-    from softrag.store import MemoryStore, StoreInfo
+    from softrag.store import MemoryStore, StoreInfo, decode_memory, encode_memory
     from softrag.text import clean_text, split_text
 
 __version__ = "0.1.0"
@@ -75,7 +75,10 @@ __all__ = [
     "UnreadableFileError",
     "Usage",
     "clean_text",
+    "decode_memory",
     "default_embedder",
+    "document_text",
+    "encode_memory",
     "escape_handles",
     "find_handles",
     "make_handle",
@@ -89,7 +92,7 @@ _HOMES = {
     "compressor": ("Compressor",),
     "config": ("SoftRAGConfig",),
     "decoder": ("DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"),
-    "documents": ("Chunk", "Document", "Hit"),
+    "documents": ("Chunk", "Document", "Hit", "document_text"),
     "embedder": ("Embedder", "default_embedder"),
     "engine": ("SoftRAG",),
     "errors": (
@@ -108,7 +111,7 @@ _HOMES = {
     "handles": ("MemoryCache", "escape_handles", "find_handles", "make_handle"),
     "memory": ("Memory", "memory_key"),
     "model": ("SoftRAGModel",),
-    "store": ("MemoryStore", "StoreInfo"),
+    "store": ("MemoryStore", "StoreInfo", "decode_memory", "encode_memory"),
     "text": ("clean_text", "split_text"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

@@ -18,10 +18,12 @@ from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
-from softrag.documents import Document, Hit
+from softrag.documents import Chunk, Document, Hit
 from softrag.embedder import Embedder, default_embedder
 from softrag.errors import StoreError
+from softrag.handles import MemoryCache
 from softrag.indexing import Indexer
+from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.store import MemoryStore
 
@@ -82,6 +84,8 @@ class SoftRAG:
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
             MicroBatcher(decoder.generate, window_s=window_s) if decoder else None
         )
+        # Memories that travel as handles through other libraries.
+        self.cache = MemoryCache()
         # Threads for the async calls: as many as may wait for one batch.
         self.threads: Executor = ThreadPoolExecutor(max_workers=64, thread_name_prefix="softrag")
 
@@ -165,13 +169,15 @@ class SoftRAG:
         """
         if isinstance(documents, str | Document):
             documents = [documents]
-        indexer = Indexer(
-            store=self.store,
-            embedder=self.embedder,
-            compressor=self._need_compressor("add documents"),
-            chunk_tokens=self.chunk_tokens,
-        )
-        return indexer.add(documents, batch_size=batch_size, show_progress=show_progress)
+        return self._indexer().add(documents, batch_size=batch_size, show_progress=show_progress)
+
+    def split(self, document: Document) -> list[Chunk]:
+        """Split a document into the chunks that `add` stores.
+
+        Raises:
+            EmptyDocumentError: The document has no text.
+        """
+        return self._indexer().split(document)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete chunks by id and return how many there were."""
@@ -180,6 +186,14 @@ class SoftRAG:
     def delete_source(self, source: str) -> int:
         """Delete all chunks of a source and return how many there were."""
         return self.store.delete_source(source)
+
+    def resolve(self, keys: Sequence[str]) -> list[Memory]:
+        """Return memories by key (`softrag.find_handles`), from `cache` or else the store.
+
+        Raises:
+            UnknownHandleError: A key is in neither.
+        """
+        return self.cache.resolve(keys, self.store)
 
     # Questions
 
@@ -384,6 +398,14 @@ class SoftRAG:
 
     def _start(self, prepared: Prepared) -> AnswerStream:
         return AnswerStream(prepared.stream(self._need_decoder()), prepared.hits)
+
+    def _indexer(self) -> Indexer:
+        return Indexer(
+            store=self.store,
+            embedder=self.embedder,
+            compressor=self._need_compressor("add documents"),
+            chunk_tokens=self.chunk_tokens,
+        )
 
     def _need_compressor(self, purpose: str) -> Compressor:
         if self.compressor is None:
