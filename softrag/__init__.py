@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softrag.compressor import Compressor
     from softrag.config import SoftRAGConfig
     from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
-    from softrag.documents import Chunk, Document, Hit, document_text
+    from softrag.documents import Chunk, Document, Hit, chunk_id, document_text
     from softrag.embedder import Embedder, default_embedder
     from softrag.engine import SoftRAG
     from softrag.errors import (
@@ -74,6 +74,7 @@ __all__ = [
     "UnknownHandleError",
     "UnreadableFileError",
     "Usage",
+    "chunk_id",
     "clean_text",
     "decode_memory",
     "default_embedder",
@@ -92,7 +93,7 @@ _HOMES = {
     "compressor": ("Compressor",),
     "config": ("SoftRAGConfig",),
     "decoder": ("DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"),
-    "documents": ("Chunk", "Document", "Hit", "document_text"),
+    "documents": ("Chunk", "Document", "Hit", "chunk_id", "document_text"),
     "embedder": ("Embedder", "default_embedder"),
     "engine": ("SoftRAG",),
     "errors": (
