@@ -1,0 +1,76 @@
+"""Question in; question, answer and sources out. It knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any, TypedDict
+
+from langchain_core.documents import Document
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+
+from langchain_softrag.messages import format_memories
+
+
+class SoftRAGInput(TypedDict):
+    """What the chain takes; the bare question will do."""
+
+    question: str
+
+
+class SoftRAGOutput(TypedDict):
+    """What the chain gives.
+
+    Attributes:
+        question: As it was asked.
+        answer: Made from the memories of the sources.
+        sources: The retrieved documents, best first.
+    """
+
+    question: str
+    answer: str
+    sources: list[Document]
+
+
+def create_softrag_chain(
+    retriever: Runnable[str, list[Document]],
+    llm: Runnable[LanguageModelInput, BaseMessage],
+) -> Runnable[SoftRAGInput | str, SoftRAGOutput]:
+    """Return a chain that answers questions from the memories of retrieved documents.
+
+    Its greedy answers are those of `SoftRAG.ask` on the same store. When streamed, the question
+    and the sources come first, then the answer in pieces.
+
+    Args:
+        retriever: Documents without handles are compressed when they are found.
+        llm: A `ChatSoftRAG`, bound or configured as you like.
+    """
+    retrieve = itemgetter("question") | retriever
+    answer = RunnableLambda(_to_messages) | llm | StrOutputParser()
+    chain: Runnable[Any, Any] = (
+        RunnableLambda(_to_input)
+        | RunnablePassthrough.assign(sources=retrieve)
+        | RunnablePassthrough.assign(answer=answer)
+    )
+    return chain.with_types(
+        input_type=SoftRAGInput | str,  # type: ignore[arg-type]
+        output_type=SoftRAGOutput,
+    ).with_config(run_name="softrag")
+
+
+def _to_input(given: str | Mapping[str, Any]) -> dict[str, str]:
+    if isinstance(given, str):
+        return {"question": given}
+    if "question" not in given:
+        raise ValueError(
+            f"The chain takes a question, or a dict with one under 'question'; found the keys "
+            f"{', '.join(map(str, given)) or '(none)'}."
+        )
+    return {"question": given["question"]}
+
+
+def _to_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
+    return [*format_memories(found["sources"]), HumanMessage(content=found["question"])]
