@@ -30,7 +30,8 @@ ROW = QuestionRow(
     gold=(True, False, False),
     source="tiny",
 )
-NEWLINE = "\n"
+CHUNKS = ([11, 12, 13, 14, 15], [16, 17])
+FOLLOWING = [18, 19, 20]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -245,18 +246,15 @@ class TestFineTuningCollator:
 
 
 class TestPretrainingCollator:
-    CHUNKS = ([11, 12, 13, 14, 15], [16, 17])
-    FOLLOWING = [18, 19, 20]
-
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int, int, list[int]]:
         """Return bos (where there is one), <MEM>, <AE> and the separator of documents."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        separator = tokenizer.encode(NEWLINE, add_special_tokens=False)
+        separator = tokenizer.encode("\n", add_special_tokens=False)
         return bos, token_id(tokenizer, "<MEM>"), token_id(tokenizer, "<AE>"), separator
 
     def test_auto_encoding_gives_several_chunks_back_in_order(self, tokenizer) -> None:
         bos, memory, auto, separator = self.ids(tokenizer)
-        piece = TextPiece(self.CHUNKS, self.FOLLOWING)
+        piece = TextPiece(CHUNKS, FOLLOWING)
 
         tensors = pretraining(tokenizer, continuation=0)([piece])
 
@@ -275,16 +273,16 @@ class TestPretrainingCollator:
     ) -> None:
         bos, memory, _, separator = self.ids(tokenizer)
 
-        tensors = pretraining(tokenizer, continuation=1)([TextPiece(self.CHUNKS, self.FOLLOWING)])
+        tensors = pretraining(tokenizer, continuation=1)([TextPiece(CHUNKS, FOLLOWING)])
 
         before = [*bos, memory, memory, *separator, memory]
-        assert tensors["decoder_input_ids"].tolist() == [before + self.FOLLOWING]
-        assert labels_of(tensors) == [self.FOLLOWING]
+        assert tensors["decoder_input_ids"].tolist() == [before + FOLLOWING]
+        assert labels_of(tensors) == [FOLLOWING]
 
     def test_the_end_of_a_text_is_auto_encoded_having_nothing_to_continue(self, llama) -> None:
-        tensors = pretraining(llama, continuation=1)([TextPiece(self.CHUNKS[1:])])
+        tensors = pretraining(llama, continuation=1)([TextPiece(CHUNKS[1:])])
 
-        assert labels_of(tensors) == [self.CHUNKS[1]]
+        assert labels_of(tensors) == [CHUNKS[1]]
 
     def test_a_quotation_finds_its_chunk_among_the_batchs_others(self, llama) -> None:
         bos, memory, auto, separator = self.ids(llama)

@@ -109,7 +109,7 @@ class SoftRAGTrainer(Trainer):
                 "Set optimizer.steps or optimizer.epochs instead."
             )
         if run.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            _checkpoint_activations(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -246,6 +246,12 @@ class SoftRAGTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         checkpoint.load_weights(self.bare_model, Path(resume_from_checkpoint))
+
+
+def _checkpoint_activations(model: SoftRAGModel) -> None:
+    # Under its new name where transformers has it: the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _three_losses(

@@ -1,0 +1,293 @@
+"""What training promises: who learns, from what, and what stops it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from softrag.model import SoftRAGModel
+from softrag_trainers.collators import FineTuningCollator, MemoryCollator, PretrainingCollator
+from softrag_trainers.examples import QuestionRow
+from softrag_trainers.options import Optimizer, PretrainingData, Run
+from softrag_trainers.runs import Rows, TextPieces
+from softrag_trainers.trainer import DivergedError, SoftRAGTrainer
+from tests.checkpoints import build_model
+from tests.trainers.tiny import question_rows, text_rows
+
+LORA = {"r": 4, "alpha": 8}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "separate": {"compressor_layers": 1},
+    "compressor_lora": {"compressor_lora": LORA},
+    "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
+    "frozen_decoder": {"decoder_lora": None, "readout": "memory"},
+}
+
+
+def finetuning(model: SoftRAGModel, **options: Any) -> FineTuningCollator:
+    return FineTuningCollator(
+        model.config, model.compressor_tokenizer, model.decoder_tokenizer, **options
+    )
+
+
+def pretraining(model: SoftRAGModel, **options: Any) -> PretrainingCollator:
+    return PretrainingCollator(
+        model.config, model.compressor_tokenizer, model.decoder_tokenizer, **options
+    )
+
+
+def pieces_for(collator: PretrainingCollator) -> TextPieces:
+    data = PretrainingData(min_chunk_tokens=8, max_chunk_tokens=24, chunks=2)
+    return TextPieces(text_rows(), collator.document_prompt, data, seed=0)
+
+
+def build_trainer(
+    out_dir: Path,
+    model: SoftRAGModel,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    collator: MemoryCollator | None = None,
+    train_rows: Any = None,
+    eval_rows: Sequence[QuestionRow] | None = None,
+    score: Callable[[SoftRAGModel], dict[str, float]] | None = None,
+) -> SoftRAGTrainer:
+    options: dict[str, Any] = {"batch_size": 4, "steps": 2, "warmup": 0.0}
+    return SoftRAGTrainer(
+        model,
+        options=Optimizer(**options | (optimizer or {})),
+        run=Run(**{"bf16": False, "log_every": 1} | (run or {})),
+        out_dir=out_dir,
+        collator=collator or finetuning(model),
+        train_rows=train_rows or Rows(question_rows()),
+        eval_rows=None if eval_rows is None else Rows(eval_rows),
+        score=score,
+    )
+
+
+def weights(model: SoftRAGModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def logged(trainer: SoftRAGTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_trained_weight_learns_and_no_frozen_one_moves(tmp_path: Path, variant: str) -> None:
+    model = build_model(**VARIANTS[variant])
+    collator = pretraining(model, continuation=0)
+    before = weights(model)
+
+    build_trainer(tmp_path, model, collator=collator, train_rows=pieces_for(collator)).train()
+
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved == set(model.trained_state())
+
+
+def test_questions_are_learned_and_the_speed_is_logged(tmp_path: Path) -> None:
+    model = build_model()
+    rates = {"compressor_lr": 5e-3, "connector_lr": 5e-3, "decoder_lr": 5e-3}
+    trainer = build_trainer(tmp_path, model, optimizer={"steps": 30, **rates})
+
+    trainer.train()
+
+    losses = logged(trainer, "loss")
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(speed > 0 for speed in logged(trainer, "tokens_per_second"))
+    assert len(logged(trainer, "tokens_per_second")) == 25
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "run"),
+    [
+        ({"batch_size": 1, "accumulation": 4}, {}),
+        ({"batch_size": 2, "accumulation": 2}, {}),
+        ({}, {"gradient_checkpointing": True}),
+        ({}, {"workers": 2}),
+    ],
+)
+def test_how_a_batch_is_worked_through_does_not_change_what_is_learned(
+    tmp_path: Path, optimizer: dict, run: dict
+) -> None:
+    results = []
+    for options, kind in (({}, {}), (optimizer, run)):
+        model = build_model()
+        collator = finetuning(model, min_documents=1, text_share=0.3)
+        trainer = build_trainer(
+            tmp_path, model, optimizer={"steps": 3, **options}, run=kind, collator=collator
+        )
+        trainer.train()
+        results.append((logged(trainer, "loss"), logged(trainer, "grad_norm"), model))
+
+    (losses, norms, model), (other_losses, other_norms, other) = results
+    assert other_losses == pytest.approx(losses, rel=1e-4)
+    assert other_norms == pytest.approx(norms, rel=1e-3)
+    expected = model.trained_state()
+    for name, value in other.trained_state().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    def trainer_of(model: SoftRAGModel) -> SoftRAGTrainer:
+        # Two steps are an epoch: the checkpoint of step 3 is in the middle of the second.
+        collator = finetuning(model, min_documents=1, text_share=0.5)
+        return build_trainer(
+            tmp_path, model, optimizer={"steps": 6}, run={"save_every": 3}, collator=collator
+        )
+
+    whole = build_model()
+    trainer = trainer_of(whole)
+    trainer.train()
+    resumed = build_model(seed=1)
+    again = trainer_of(resumed)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    assert logged(again, "loss") == logged(trainer, "loss")
+    expected = whole.trained_state()
+    for name, value in resumed.trained_state().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path: Path) -> None:
+    model = build_model()
+    poison = model.decoder_tokenizer.convert_tokens_to_ids("Z")
+    with torch.no_grad():
+        model.decoder.get_input_embeddings().weight[poison] = math.nan
+    rows = question_rows()
+    rows[5] = replace(rows[5], question="Z?")
+    trainer = build_trainer(
+        tmp_path,
+        model,
+        optimizer={"batch_size": 1, "steps": 8},
+        run={"save_every": 1},
+        train_rows=Rows(rows),
+    )
+
+    with pytest.raises(DivergedError, match=r"loss is nan.*diverged_batch\.safetensors"):
+        trainer.train()
+
+    batch = load_file(tmp_path / "diverged_batch.safetensors")
+    assert poison in batch["decoder_input_ids"]
+    assert set(batch) >= {"labels", "compressor_input_ids", "document_index"}
+    # The last checkpoint is from before the step that made every weight a NaN.
+    steps = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert steps == list(range(1, trainer.state.global_step))
+    last = tmp_path / f"checkpoint-{steps[-1]}" / "model.safetensors"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last).values())
+
+
+def test_an_evaluation_measures_true_shuffled_and_no_memories(tmp_path: Path) -> None:
+    model = build_model()
+    collator = finetuning(model)
+    trainer = build_trainer(tmp_path, model, collator=collator, eval_rows=question_rows())
+
+    metrics = trainer.evaluate()
+
+    with torch.no_grad():
+        expected = model(**collator(question_rows())).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    losses = {metrics[f"eval_loss{kind}"] for kind in ("", "_shuffled", "_without")}
+    assert len(losses) == 3
+    assert logged(trainer, "eval_loss") == [metrics["eval_loss"]]
+
+
+def test_rows_without_memories_have_one_loss_three_times(tmp_path: Path) -> None:
+    model = build_model()
+    collator = finetuning(model, text_share=1.0)
+
+    metrics = build_trainer(
+        tmp_path, model, collator=collator, eval_rows=question_rows()
+    ).evaluate()
+
+    assert metrics["eval_loss"] == metrics["eval_loss_shuffled"] == metrics["eval_loss_without"]
+
+
+def test_evaluations_see_the_same_choices_and_leave_training_as_it_was(tmp_path: Path) -> None:
+    model = build_model()
+    collator = finetuning(model, min_documents=1, text_share=0.5)
+    evaluated = build_trainer(
+        tmp_path,
+        model,
+        optimizer={"steps": 4, "connector_lr": 0.0, "compressor_lr": 0.0, "decoder_lr": 0.0},
+        run={"eval_every": 1},
+        collator=collator,
+        eval_rows=question_rows(),
+        score=lambda trained: {"training": float(trained.training)},
+    )
+    evaluated.train()
+    plain = build_trainer(
+        tmp_path,
+        build_model(),
+        optimizer={"steps": 4, "connector_lr": 0.0, "compressor_lr": 0.0, "decoder_lr": 0.0},
+        collator=finetuning(model, min_documents=1, text_share=0.5),
+    )
+    plain.train()
+
+    assert len(set(logged(evaluated, "eval_loss"))) == 1
+    assert logged(evaluated, "eval_training") == [0.0] * 4
+    assert logged(evaluated, "loss") == logged(plain, "loss")
+    assert model.training
+
+
+def test_each_part_has_its_learning_rate_and_vectors_do_not_decay(tmp_path: Path) -> None:
+    model = build_model()
+    rates = {"compressor_lr": 1e-4, "connector_lr": 2e-4, "decoder_lr": 3e-4}
+    trainer = build_trainer(tmp_path, model, optimizer={**rates, "weight_decay": 0.1})
+
+    groups = trainer.create_optimizer().param_groups
+
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    named = dict(model.named_parameters())
+    assert len(found) == len(model.trained_state())
+    for name, expected in {
+        "compressor.layers.0.mlp.up_proj.weight": (1e-4, 0.1),
+        "compressor.norm.weight": (1e-4, 0.0),
+        "connector.up.weight": (2e-4, 0.1),
+        "connector.up.bias": (2e-4, 0.0),
+        "memory_embedding": (2e-4, 0.0),
+        "auto_encoding_embedding": (2e-4, 0.0),
+        "decoder.model.layers.0.mlp.up_proj.lora_A.default.weight": (3e-4, 0.1),
+    }.items():
+        assert found[id(named[name])] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]),
+        (0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_in_straight_lines(
+    tmp_path: Path, warmup: float, expected: list[float]
+) -> None:
+    trainer = build_trainer(tmp_path, build_model(), optimizer={"steps": 10, "warmup": warmup})
+    trainer.create_optimizer()
+
+    factor = trainer.create_scheduler(10).lr_lambdas[0]
+
+    assert [factor(step) for step in range(11)] == pytest.approx(expected)
+
+
+def test_a_run_ends_decayed_when_its_minutes_are_over(tmp_path: Path) -> None:
+    trainer = build_trainer(
+        tmp_path, build_model(), optimizer={"steps": 100_000, "minutes": 0.5 / 60}
+    )
+
+    trainer.train()
+
+    assert 1 < trainer.state.global_step < 1000
+    rates = logged(trainer, "learning_rate")
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.3 * rates[0]
