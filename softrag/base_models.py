@@ -175,6 +175,10 @@ def _dequantise_smollm2(folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         _split_digits(tokenizer)
+        # Which tokens the file's metadata turn into depends on the version of transformers.
+        tokenizer.bos_token = "<|im_start|>"
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+        tokenizer.clean_up_tokenization_spaces = False
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.config.architectures = ["LlamaForCausalLM"]
         model.generation_config = GenerationConfig(
