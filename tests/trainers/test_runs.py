@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from softrag.batch import collate_documents
+from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt
-from softrag_trainers.options import read_options
-from softrag_trainers.runs import finetune
-from tests.trainers.tiny import question_records, tiny_arch, write_lines
+from softrag_trainers.__main__ import main
+from softrag_trainers.options import Finetune, Pretrain, PretrainingData, read_options
+from softrag_trainers.runs import TextPieces, finetune, score_questions
+from tests.checkpoints import build_model
+from tests.trainers.tiny import (
+    question_records,
+    question_rows,
+    text_records,
+    text_rows,
+    tiny_arch,
+    write_lines,
+)
 
 ROOT = Path(__file__).parents[2]
-SHORT = [
-    "optimizer.batch_size=4",
-    "optimizer.steps=2",
-    "run.log_every=1",
-    "data.max_new_tokens=4",
-]
+RECIPES = sorted(path.stem for path in (ROOT / "trainers/softrag_trainers/recipes").glob("*.yaml"))
+SHORT = ["optimizer.batch_size=4", "optimizer.steps=2", "run.log_every=1"]
+SHORT_ANSWERS = [*SHORT, "data.max_new_tokens=4"]
+SHORT_TEXTS = [*SHORT, "data.min_chunk_tokens=8", "data.max_chunk_tokens=24", "data.chunks=2"]
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> str:
     return str(write_lines(tmp_path / "questions.jsonl", question_records()))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    return str(write_lines(tmp_path / "texts.jsonl", text_records()))
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -42,7 +63,7 @@ def test_a_run_in_bf16_scores_generated_answers_while_and_after_it_trains(
         "finetune",
         [
             *tiny_arch(),
-            *SHORT,
+            *SHORT_ANSWERS,
             f"out_dir={tmp_path / 'model'}",
             f"data.train=[{questions}]",
             f"data.validation=[{questions}]",
@@ -63,3 +84,232 @@ def test_a_run_in_bf16_scores_generated_answers_while_and_after_it_trains(
     with torch.no_grad():
         model.decoder(input_ids=torch.arange(5)[None])
         model.compress(*collate_documents([prompt.render("Paris.")], 0))
+
+
+def test_pretraining_then_finetuning_ends_in_a_model_that_answers(
+    tmp_path: Path, texts: str, questions: str
+) -> None:
+    parquet, pretrained, final = (tmp_path / name for name in ("q.parquet", "pre", "final"))
+    pq.write_table(pa.Table.from_pylist(question_records()), parquet)
+    held_out = tmp_path / "held_out"
+    Dataset.from_list(question_records()[:3]).save_to_disk(held_out)
+
+    first = main(
+        ["pretrain", *tiny_arch(), *SHORT_TEXTS, f"out_dir={pretrained}", f"data.train=[{texts}]"]
+    )
+    second = main(
+        [
+            "finetune",
+            *SHORT_ANSWERS,
+            f"model={pretrained}",
+            f"out_dir={final}",
+            f"data.train=[{questions},{parquet}]",
+            f"data.validation=[{held_out}]",
+            "query_dependent=true",
+            "run.report_to=tensorboard",
+        ]
+    )
+
+    assert (first, second) == (0, 0)
+    # A tenth of the texts was held out; questions had a file of their own.
+    assert len(logged(pretrained, "eval_loss")) == len(logged(final, "eval_loss_shuffled")) == 1
+    assert len(logged(final, "eval_f1")) == 1
+    assert json.loads((final / "config.json").read_text())["query_dependent"] is True
+    saved = OmegaConf.load(final / "options.yaml")
+    assert (saved.model, saved.optimizer.steps, saved.run.storage) == (str(pretrained), 2, "int8")
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    # The demo recipe stores the tuned compressor as 8-bit differences to its base.
+    tensors = load_file(final / "model.safetensors")
+    difference = tensors["compressor.layers.0.mlp.up_proj.weight.difference"]
+    assert difference.dtype == torch.int8
+    assert difference.any()
+    model = SoftRAGModel.from_pretrained(final, dtype=torch.float32)
+    scores = score_questions(model, question_rows(), batch_size=3, max_new_tokens=4)
+    assert set(scores) == {"em", "f1", "match", "rouge_l"}
+
+
+def test_saved_options_repeat_the_run(tmp_path: Path, questions: str) -> None:
+    arguments = [*tiny_arch(), *SHORT_ANSWERS, "run.seed=3", f"data.train=[{questions}]"]
+    assert main(["finetune", *arguments, f"out_dir={tmp_path / 'one'}"]) == 0
+    saved = OmegaConf.load(tmp_path / "one" / "options.yaml")
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Finetune), saved))
+    options.out_dir = str(tmp_path / "two")
+
+    finetune(options)
+
+    assert logged(tmp_path / "one", "loss") == logged(tmp_path / "two", "loss")
+    one, two = (
+        SoftRAGModel.from_pretrained(tmp_path / name, load_decoder=False) for name in ("one", "two")
+    )
+    assert one.fingerprint == two.fingerprint
+
+
+def test_the_text_baseline_trains_the_decoder_alone(tmp_path: Path, questions: str) -> None:
+    files = [f"data.train=[{questions}]", f"data.validation=[{questions}]"]
+    code = main(
+        [
+            "finetune",
+            *tiny_arch(),
+            *SHORT_ANSWERS,
+            *files,
+            f"out_dir={tmp_path / 'model'}",
+            "data.text_share=1",
+        ]
+    )
+
+    assert code == 0
+    assert logged(tmp_path / "model", "eval_loss") == logged(
+        tmp_path / "model", "eval_loss_without"
+    )
+
+
+def test_a_run_that_was_stopped_is_resumed_and_one_that_never_began_is_begun(
+    tmp_path: Path, questions: str
+) -> None:
+    arguments = [
+        "finetune",
+        *tiny_arch(),
+        *SHORT_ANSWERS,
+        f"data.train=[{questions}]",
+        f"out_dir={tmp_path / 'model'}",
+        "run.save_every=2",
+        "run.resume=true",
+    ]
+
+    assert main(arguments) == 0
+    assert main([*arguments, "optimizer.steps=4"]) == 0
+
+    assert len(logged(tmp_path / "model", "loss")) == 4
+    assert (tmp_path / "model" / "checkpoint-4").is_dir()
+
+
+def test_two_processes_learn_what_one_with_twice_the_batch_learns(
+    tmp_path: Path, questions: str
+) -> None:
+    arguments = [
+        "finetune",
+        *tiny_arch(),
+        *SHORT_ANSWERS,
+        f"data.train=[{questions}]",
+        f"data.validation=[{questions}]",
+        "data.min_documents=1",
+        "data.text_share=0.5",
+    ]
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "softrag_trainers", *arguments),
+            *("optimizer.batch_size=2", f"out_dir={tmp_path / 'two'}"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainers'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert main([*arguments, f"out_dir={tmp_path / 'one'}"]) == 0
+
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert logged(tmp_path / "two", name) == pytest.approx(
+            logged(tmp_path / "one", name), rel=1e-4
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: python -m softrag_trainers"),
+        (["distil"], "usage: python -m softrag_trainers"),
+        (["pretrain", "out_dir=x", "optimizer.learning_rate=1"], "learning_rate"),
+        (["finetune", "out_dir=x", "arch.rate=much"], "much"),
+        (["finetune", "out_dir=x", "recipe=llava"], "llava_finetune"),
+        (["pretrain", "out_dir"], "out_dir"),
+        (["finetune"], "out_dir"),
+    ],
+)
+def test_misuse_is_answered_with_the_reason_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune"], "give files, data.train="),
+        (["pretrain"], "give files, data.train="),
+        (["finetune", "data.train=[nowhere.jsonl]"], "nowhere.jsonl"),
+        (["finetune", "model=nowhere", "data.train=[{questions}]"], "nowhere"),
+        (["finetune", "data.train=[{questions}]", "run.storage=int3"], "'int3'"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_exit_code_1(
+    arguments: list[str],
+    message: str,
+    questions: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [argument.format(questions=questions) for argument in arguments]
+    options = [*tiny_arch(), *SHORT, f"out_dir={tmp_path / 'model'}"]
+
+    assert main([*arguments, *options]) == 1
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "'loss'" not in output.out, "found out after training"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_shipped_recipe_composes(recipe: str) -> None:
+    name, stage = recipe.rsplit("_", 1)
+
+    options = read_options(stage, [f"recipe={name}", "out_dir=x"])
+
+    assert isinstance(options, {"pretrain": Pretrain, "finetune": Finetune}[stage])
+
+
+def test_the_papers_recipes_keep_the_papers_figures() -> None:
+    pisco = read_options("finetune", ["recipe=pisco", "out_dir=x"])
+    oscar = read_options("pretrain", ["recipe=oscar", "out_dir=x"])
+
+    for options in (pisco, oscar):
+        assert options.arch.decoder == "mistralai/Mistral-7B-Instruct-v0.2"
+        assert (options.arch.rate, options.arch.memory_tokens) == (16, 8)
+        assert options.optimizer.batch_size * options.optimizer.accumulation == 128
+        assert options.optimizer.decoder_lr == 1e-4
+    assert pisco.arch.compressor == "shared"
+    assert read_options("finetune", ["recipe=oscar", "out_dir=x"]).query_dependent is True
+
+
+class TestTextPieces:
+    @pytest.mark.parametrize(("chunks", "shortest"), [(1, 8), (3, 8), (2, 24)])
+    def test_chunks_follow_each_other_and_lose_nothing_but_short_ends(
+        self, chunks: int, shortest: int
+    ) -> None:
+        model = build_model()
+        prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
+        data = PretrainingData(min_chunk_tokens=shortest, max_chunk_tokens=24, chunks=chunks)
+
+        pieces = TextPieces(text_rows()[:1], prompt, data, seed=0)
+
+        tokens = prompt.tokenize(text_rows()[0].text)
+        position = 0
+        for piece in (pieces[index] for index in range(len(pieces))):
+            assert 1 <= len(piece.chunks) <= chunks
+            for chunk in piece.chunks:
+                assert len(chunk) <= 24
+                assert chunk == tokens[position : position + len(chunk)]
+                position += len(chunk)
+            assert piece.following == tokens[position : position + 24]
+        assert len(tokens) - position < max(1, shortest // 2)
+
+    def test_texts_that_are_all_too_short_are_an_error_with_the_fix(self) -> None:
+        model = build_model()
+        prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
+        data = PretrainingData(min_chunk_tokens=4000, max_chunk_tokens=4000)
+
+        with pytest.raises(ValueError, match=r"lower data\.min_chunk_tokens"):
+            TextPieces(text_rows(), prompt, data, seed=0)

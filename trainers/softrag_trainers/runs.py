@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from softrag.batch import collate_documents, collate_prompts
+from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
@@ -272,6 +273,8 @@ class TextPieces(Dataset[TextPiece]):
 
 def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel:
     """Load the model to train, or build it, with float32 trained weights."""
+    if run.storage not in STORAGES:
+        raise ValueError(f"run.storage is {run.storage!r}; expected one of {STORAGES}.")
     frozen = torch.bfloat16 if computes_in_bf16(run) else torch.float32
     if checkpoint is not None:
         model = SoftRAGModel.from_pretrained(checkpoint, dtype=torch.float32).train()

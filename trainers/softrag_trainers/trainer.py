@@ -183,6 +183,12 @@ class SoftRAGTrainer(Trainer):
             self.watch.note(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the speed beside every training loss."""
+        if "loss" in logs and (speed := self.watch.tokens_per_second()) is not None:
+            logs = {**logs, "tokens_per_second": speed}
+        super().log(logs, start_time)
+
     @torch.no_grad()
     def evaluate(  # type: ignore[override]
         self,
@@ -343,18 +349,12 @@ class _LossWatch(TrainerCallback):
             self._drain()
             self.tokens, self._since = 0, time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def tokens_per_second(self) -> int | None:
+        """Real tokens read per second of training; None in the first steps."""
         self._drain()
-        if logs is not None and "loss" in logs and self._since is not None:
-            elapsed = time.perf_counter() - self._since
-            logs["tokens_per_second"] = round(self.tokens / max(1e-9, elapsed))
+        if self._since is None or not self.tokens:
+            return None
+        return round(self.tokens / max(1e-9, time.perf_counter() - self._since))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
