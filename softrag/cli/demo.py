@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json as json_module
+import shutil
+import sys
+from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.panel import Panel
@@ -40,7 +43,7 @@ def demo(
     from softrag.cli.show import answer_values, print_json, report_values
 
     console = Console(quiet=json)
-    questions = read_questions()
+    questions, gold = read_questions()
     with load_engine(model, store, device=device, create=True) as engine:
         console.print("Compressing the documents into memories …", style="dim")
         report = add_files(engine, [DEMO / "corpus"], quiet=json)
@@ -59,22 +62,23 @@ def demo(
                 "questions": [
                     {
                         "question": question,
+                        "answers": answers,
                         "memory": answer_values(question, memory),
                         "text": answer_values(question, text),
                     }
-                    for question, memory, text in pairs
+                    for (question, memory, text), answers in zip(pairs, gold, strict=True)
                 ],
             }
         )
         return
-    _print_summary(console, [(memory, text) for _, memory, text in pairs])
+    _print_summary(console, [(memory, text) for _, memory, text in pairs], gold)
     _print_next(console, store)
 
 
-def read_questions() -> list[str]:
-    """Return the demo's questions: strings, or objects with a `question`."""
-    listed: list[Any] = json_module.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
-    return [each if isinstance(each, str) else each["question"] for each in listed]
+def read_questions() -> tuple[list[str], list[list[str]]]:
+    """Return the demo's questions, and the accepted answers of each."""
+    records = json_module.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
+    return [record["question"] for record in records], [record["answers"] for record in records]
 
 
 def _ask_both(
@@ -96,32 +100,46 @@ def _ask_both(
     return memory, text
 
 
-def _print_summary(console: Console, pairs: list[tuple[Answer, Answer]]) -> None:
+def _print_summary(
+    console: Console, pairs: list[tuple[Answer, Answer]], gold: list[list[str]]
+) -> None:
+    from softrag.evaluation import match
+
     memories, texts = zip(*pairs, strict=True)
     table = Table(title=f"{len(pairs)} questions, means", box=None, padding=(0, 2), pad_edge=False)
-    for name in ("", "prompt tokens", "to first word", "in all"):
+    for name in ("", "right", "prompt tokens", "to first word", "in all"):
         table.add_column(name, justify="right" if name else "left")
     for name, answers in (("memories", memories), ("text", texts)):
+        right = sum(match(a.text, wanted) > 0 for a, wanted in zip(answers, gold, strict=True))
         table.add_row(
             name,
+            str(right),
             f"{mean(answer.usage.prompt_tokens for answer in answers):.0f}",
             f"{mean(answer.timings.first_token_s for answer in answers):.2f} s",
             f"{mean(answer.timings.total_s for answer in answers):.2f} s",
         )
     console.print()
     console.print(table)
+    console.print(
+        "The demo model is small and briefly trained: its memories save tokens and time, but it "
+        "often misreads them.",
+        style="dim",
+    )
 
 
 def _print_next(console: Console, store: str) -> None:
     option = "" if store == DEFAULT_STORE else f" --store {store}"
+    # In an environment that is not activated, the command has a path.
+    called = Path(sys.argv[0])
+    command = str(called) if called.name == "softrag" and not shutil.which("softrag") else "softrag"
     console.print()
     console.print(
         Panel.fit(
             Text(
-                f'softrag ask "Who was Charles Darwin?"{option}\n'
-                f'softrag ask "…" --mode text{option}\n'
-                f"softrag index YOUR_FOLDER{option}\n"
-                f"softrag chat{option}"
+                f'{command} ask "Who was Charles Darwin?"{option}\n'
+                f'{command} ask "…" --mode text{option}\n'
+                f"{command} index YOUR_FOLDER{option}\n"
+                f"{command} chat{option}"
             ),
             title="Now ask your own",
         )

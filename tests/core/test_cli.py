@@ -326,7 +326,14 @@ def test_demo_indexes_asks_and_compares(tmp_path, folder, monkeypatch):
     demo = tmp_path / "demo"
     demo.mkdir()
     folder.rename(demo / "corpus")
-    (demo / "questions.json").write_text(json.dumps([QUESTION, {"question": "Where is Paris?"}]))
+    (demo / "questions.json").write_text(
+        json.dumps(
+            [
+                {"question": QUESTION, "answers": ["x"]},
+                {"question": "Where is Paris?", "answers": ["x"]},
+            ]
+        )
+    )
     monkeypatch.setattr("softrag.cli.demo.DEMO", demo)
     monkeypatch.setattr("softrag.cli.demo.MAX_NEW_TOKENS", 4)
 
