@@ -1,4 +1,4 @@
-"""Engines for the tests: a tiny random model for behaviour, the demo model for LangChain's suites."""
+"""Engines: a tiny random model to test behaviour, the demo model for LangChain's suites."""
 
 from __future__ import annotations
 
