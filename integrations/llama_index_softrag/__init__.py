@@ -2,7 +2,7 @@
 
 from llama_index_softrag.compressor import SoftRAGCompressor
 from llama_index_softrag.embedding import LlamaIndexEmbedder, SoftRAGEmbedding
-from llama_index_softrag.llm import SoftRAGLLM
+from llama_index_softrag.llm import PromptError, SoftRAGLLM
 from llama_index_softrag.memories import MemoryNode
 from llama_index_softrag.postprocessor import SoftRAGPostprocessor
 from llama_index_softrag.query_engine import SoftRAGQueryEngine, index_of
@@ -13,6 +13,7 @@ from llama_index_softrag.vector_store import SoftRAGQdrantVectorStore
 __all__ = [
     "LlamaIndexEmbedder",
     "MemoryNode",
+    "PromptError",
     "SoftRAGCompressor",
     "SoftRAGEmbedding",
     "SoftRAGLLM",

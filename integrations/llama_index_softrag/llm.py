@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,11 +25,27 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.prompts import BasePromptTemplate
 
 from llama_index_softrag.memories import in_thread, memories_of
-from softrag import Answer, Hit, Mode, SoftRAG, find_handles, make_handle
+from softrag import (
+    Answer,
+    AnswerStream,
+    Hit,
+    Mode,
+    SoftRAG,
+    SoftRAGError,
+    find_handles,
+    make_handle,
+)
 
 _DECODING = {"max_new_tokens", "max_tokens", "temperature", "stop", "seed"}
 # What templates of LlamaIndex call the retrieved context and the question.
 _CONTEXT, _QUESTION = "context_str", "query_str"
+
+
+class PromptError(SoftRAGError):
+    """A call of `SoftRAGLLM` that it cannot answer from memories.
+
+    No `ValueError`, because LlamaIndex's own synthesizers log those and give an empty answer.
+    """
 
 
 class _Turn(NamedTuple):
@@ -108,8 +125,8 @@ class SoftRAGLLM(CustomLLM):
         """Answer the last user message from the memories of the system messages.
 
         Raises:
+            PromptError: There are no memories, or text in their place.
             UnknownHandleError: The memory of a handle is gone.
-            ValueError: There are no memories, or text in their place.
         """
         return _chat_response(self._answer(messages, kwargs))
 
@@ -120,9 +137,7 @@ class SoftRAGLLM(CustomLLM):
 
         def pieces() -> ChatResponseGen:
             text = ""
-            with self._softrag.stream_from(
-                turn.question, turn.sources, mode=turn.mode, **turn.decoding
-            ) as stream:
+            with self._start(turn) as stream:
                 for delta in stream:
                     text += delta
                     yield _chat_piece(text, delta)
@@ -144,9 +159,7 @@ class SoftRAGLLM(CustomLLM):
 
         def pieces() -> CompletionResponseGen:
             text = ""
-            with self._softrag.stream_from(
-                turn.question, turn.sources, mode=turn.mode, **turn.decoding
-            ) as stream:
+            with self._start(turn) as stream:
                 for delta in stream:
                     text += delta
                     yield CompletionResponse(text=text, delta=delta)
@@ -234,7 +247,7 @@ class SoftRAGLLM(CustomLLM):
         if _CONTEXT not in values or _QUESTION not in values:
             if self.mode == "closed" or (self.mode == "text" and "existing_answer" not in values):
                 return super()._get_messages(prompt, **prompt_args)
-            raise ValueError(
+            raise PromptError(
                 f"SoftRAGLLM answers a question ({_QUESTION}) from memories ({_CONTEXT}); it can "
                 f"not fill a template of {', '.join(sorted(values)) or 'nothing'}. Use "
                 "SoftRAGSynthesizer, or response_mode='compact' or 'simple_summarize' with a "
@@ -245,7 +258,7 @@ class SoftRAGLLM(CustomLLM):
     def _turn(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> _Turn:
         decoding = self._decoding(options)
         if not messages or messages[-1].role != MessageRole.USER:
-            raise ValueError("The last message must be the user's question.")
+            raise PromptError("The last message must be the user's question.")
         question = _text(messages[-1])
         context = "\n".join(
             _text(message)
@@ -255,7 +268,7 @@ class SoftRAGLLM(CustomLLM):
         if self.mode == "memory":
             return _Turn(question, self._hits(context), "memory", decoding)
         if self.mode == "closed" and context.strip():
-            raise ValueError(
+            raise PromptError(
                 "SoftRAGLLM(mode='closed') reads no context, found a system message. Leave it out, "
                 "or use mode='memory' or 'text'."
             )
@@ -272,14 +285,14 @@ class SoftRAGLLM(CustomLLM):
             rest = rest.replace(make_handle(handle), "")
         if rest.strip():
             start = " ".join(rest.split())[:80]
-            raise ValueError(
+            raise PromptError(
                 f"Found text where memories belong ({start!r}...). SoftRAGLLM answers from "
                 "memories: add SoftRAGPostprocessor(softrag) to node_postprocessors, or answer "
                 "with SoftRAGSynthesizer(softrag). System prompts are not read; "
                 "SoftRAGLLM(mode='text') reads text."
             )
         if not handles:
-            raise ValueError(
+            raise PromptError(
                 "SoftRAGLLM answers from memories, and this call brings none. Ask through a query "
                 "engine with SoftRAGSynthesizer, or a chat engine with SoftRAGPostprocessor. To "
                 "condense questions use another LLM or skip_condense=True; to answer without "
@@ -291,7 +304,7 @@ class SoftRAGLLM(CustomLLM):
     def _decoding(self, options: dict[str, Any]) -> dict[str, Any]:
         unknown = options.keys() - _DECODING
         if unknown:
-            raise TypeError(
+            raise PromptError(
                 f"SoftRAGLLM takes {', '.join(sorted(_DECODING))}; found "
                 f"{', '.join(sorted(unknown))}."
             )
@@ -307,9 +320,16 @@ class SoftRAGLLM(CustomLLM):
 
     def _answer(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Answer:
         turn = self._turn(messages, options)
-        return self._softrag.answer_from(
-            turn.question, turn.sources, mode=turn.mode, **turn.decoding
-        )
+        with _loud():
+            return self._softrag.answer_from(
+                turn.question, turn.sources, mode=turn.mode, **turn.decoding
+            )
+
+    def _start(self, turn: _Turn) -> AnswerStream:
+        with _loud():
+            return self._softrag.stream_from(
+                turn.question, turn.sources, mode=turn.mode, **turn.decoding
+            )
 
 
 def context_messages(question: str, context: Sequence[str]) -> list[ChatMessage]:
@@ -325,6 +345,15 @@ def context_messages(question: str, context: Sequence[str]) -> list[ChatMessage]
     ]
 
 
+@contextmanager
+def _loud() -> Iterator[None]:
+    """Raise wrong arguments as `PromptError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise PromptError(str(error)) from error
+
+
 def _user(prompt: str) -> list[ChatMessage]:
     return [ChatMessage(role=MessageRole.USER, content=prompt)]
 
@@ -332,7 +361,7 @@ def _user(prompt: str) -> list[ChatMessage]:
 def _text(message: ChatMessage) -> str:
     for block in message.blocks:
         if not isinstance(block, TextBlock):
-            raise ValueError(
+            raise PromptError(
                 f"SoftRAGLLM reads text, found a block of type {block.block_type!r} in a message."
             )
     return message.content or ""

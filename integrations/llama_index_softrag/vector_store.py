@@ -104,7 +104,7 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         """
         if query.mode != VectorStoreQueryMode.DEFAULT:
             raise ValueError(
-                f"This store searches by embedding, not in the mode {query.mode.value!r}. Leave "
+                f"This store searches by embedding, not in the mode {VectorStoreQueryMode(query.mode).value!r}. Leave "
                 "vector_store_query_mode out; for hybrid search give a QueryFusionRetriever this "
                 "store's retriever and another one: memories are found for the nodes of both."
             )
