@@ -12,8 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
-from softrag_trainers.collators import FineTuningCollator, MemoryCollator, PretrainingCollator
+from softrag.prompt import encode_text
+from softrag_trainers.collators import (
+    FineTuningCollator,
+    Lesson,
+    MemoryCollator,
+    PretrainingCollator,
+)
 from softrag_trainers.examples import QuestionRow
 from softrag_trainers.options import Optimizer, PretrainingData, Run
 from softrag_trainers.runs import Rows, TextPieces
@@ -133,6 +140,37 @@ def test_how_a_batch_is_worked_through_does_not_change_what_is_learned(
     expected = model.trained_state()
     for name, value in other.trained_state().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_epoch_makes_its_own_random_choices(tmp_path: Path, workers: int) -> None:
+    class CountsEpochs(FineTuningCollator):
+        def lesson(self, row: QuestionRow) -> Lesson:
+            # What is learned tells the epoch, from whichever process this is.
+            document = self.document_prompt.render(row.documents[0])
+            prompt = self.rag_prompt.render("?", [document.n_memory], "x" * (1 + self.epoch))
+            return Lesson([document], prompt)
+
+    model = build_model()
+    collator = CountsEpochs(model.config, model.compressor_tokenizer, model.decoder_tokenizer)
+    trainer = build_trainer(
+        tmp_path, model, optimizer={"steps": 6}, run={"workers": workers}, collator=collator
+    )
+    learned = []
+    original = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+        learned.append(inputs["labels"][inputs["labels"] != IGNORED].tolist())
+        return original(model, inputs, **options)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+
+    answers = [
+        [*encode_text(collator.decoder_tokenizer, "x" * n), collator.rag_prompt.end_id] * 4
+        for n in (1, 1, 2, 2, 3, 3)
+    ]
+    assert learned == answers
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Run:
         bf16: Compute in bfloat16 over float32 trained weights; null: on a GPU.
         compile: Compile the transformer layers.
         gradient_checkpointing: Trade time for memory.
-        workers: Data loading processes.
+        workers: Processes that make batches; null: 4 beside a GPU, else none.
         log_every: Steps between log lines.
         eval_every: Steps between evaluations; 0: only at the end.
         eval_rows: Development rows for the loss, and for generated answers.
@@ -101,7 +101,7 @@ class Run:
     bf16: bool | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
-    workers: int = 0
+    workers: int | None = None
     log_every: int = 20
     eval_every: int = 0
     eval_rows: int = 200

@@ -74,6 +74,7 @@ class SoftRAGTrainer(Trainer):
         self.watch = _LossWatch(Path(out_dir))
         self.score = score
         self.collator = collator
+        workers = 4 if torch.cuda.is_available() else 0
         evaluates = eval_rows is not None and run.eval_every > 0
         arguments = TrainingArguments(
             output_dir=str(out_dir),
@@ -87,7 +88,7 @@ class SoftRAGTrainer(Trainer):
             bf16=computes_in_bf16(run),
             seed=run.seed,
             data_seed=run.seed,
-            dataloader_num_workers=run.workers,
+            dataloader_num_workers=workers if run.workers is None else run.workers,
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=run.log_every,
             eval_strategy="steps" if evaluates else "no",
