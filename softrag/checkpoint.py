@@ -139,6 +139,8 @@ def save(model: SoftRAGModel, folder: Path, *, storage: str, max_shard_size: int
             target = folder / item.name
             if target.is_dir():
                 shutil.rmtree(target)
+            if item.is_file():
+                item.chmod(0o644)  # The writer's own mode hides weights from other users.
             item.replace(target)
 
 

@@ -297,7 +297,7 @@ class SoftRAGModel(PreTrainedModel):
         save_directory: str | Path,
         *,
         storage: str = "full",
-        max_shard_size: int = 15_000_000,
+        max_shard_size: int = 14_900_000,
         push_to_hub: bool = False,
         repo_id: str | None = None,
     ) -> None:
@@ -309,7 +309,7 @@ class SoftRAGModel(PreTrainedModel):
             save_directory: Created when missing.
             storage: `"full"` keeps trained weights as they are; `"int8"` stores adapters and
                 connector in bfloat16 and trained base weights as 8-bit differences to the base.
-            max_shard_size: Bytes of one safetensors file.
+            max_shard_size: Bytes of one safetensors file, before its header.
             push_to_hub: Upload the folder afterwards.
             repo_id: Hub name for the upload.
 
