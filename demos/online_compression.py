@@ -27,7 +27,26 @@ def with_langchain(engine: SoftRAG) -> str:
     return llm.invoke([*format_memories(compressed), ("human", QUESTION)]).text
 
 
+def with_llama_index(engine: SoftRAG) -> str:
+    """Compress between any retriever and any synthesizer: a `BaseNodePostprocessor`."""
+    from llama_index.core import VectorStoreIndex
+    from llama_index.core.schema import TextNode
+
+    from llama_index_softrag import SoftRAGEmbedding, SoftRAGLLM, SoftRAGPostprocessor
+
+    # LlamaIndex's own index in memory, which knows no memories.
+    index = VectorStoreIndex(
+        [TextNode(text=text) for text in FOUND], embed_model=SoftRAGEmbedding(engine)
+    )
+    query_engine = index.as_query_engine(
+        llm=SoftRAGLLM(engine, max_new_tokens=24),
+        node_postprocessors=[SoftRAGPostprocessor(engine)],
+    )
+    return str(query_engine.query(QUESTION))
+
+
 if __name__ == "__main__":
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else "softrag-demo"
     with SoftRAG.from_pretrained(checkpoint) as engine:
         print("LangChain:", with_langchain(engine))
+        print("LlamaIndex:", with_llama_index(engine))

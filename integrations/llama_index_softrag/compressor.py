@@ -30,7 +30,7 @@ class SoftRAGCompressor(TransformComponent):
     keep it with the metadata.
 
     Args:
-        softrag: Its compressor makes the memories.
+        engine: Its compressor makes the memories.
         codec: How they are kept, see `softrag.codec`; None for the codec of the engine's store.
         show_progress: Show a progress bar.
 
@@ -43,26 +43,26 @@ class SoftRAGCompressor(TransformComponent):
     codec: str
     show_progress: bool = Field(default=False, exclude=True)
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
     def __init__(
-        self, softrag: SoftRAG, *, codec: str | None = None, show_progress: bool = False
+        self, engine: SoftRAG, *, codec: str | None = None, show_progress: bool = False
     ) -> None:
-        if softrag.compressor is None:
+        if engine.compressor is None:
             raise ValueError("The engine has no compressor; load it with load_compressor=True.")
-        if softrag.compressor.query_dependent:
+        if engine.compressor.query_dependent:
             raise ValueError(
                 "This checkpoint compresses for a question, so there is nothing to do before one "
                 "is asked. Leave SoftRAGCompressor out; use SoftRAGSynthesizer or "
                 "SoftRAGPostprocessor."
             )
         fields: dict[str, Any] = {
-            "fingerprint": softrag.compressor.fingerprint,
-            "codec": codec or softrag.store.record.codec,
+            "fingerprint": engine.compressor.fingerprint,
+            "codec": codec or engine.store.record.codec,
             "show_progress": show_progress,
         }
         super().__init__(**fields)
-        self._softrag = softrag
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -84,7 +84,7 @@ class SoftRAGCompressor(TransformComponent):
             EmptyDocumentError: A node has no text.
             ValueError: A node is longer than the compressor reads.
         """
-        compressor = self._softrag.compressor
+        compressor = self._engine.compressor
         assert compressor is not None
         texts = {node.node_id: node_text(node) for node in nodes}
         stale = [
@@ -102,7 +102,7 @@ class SoftRAGCompressor(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Do as a call, without blocking the event loop."""
-        return await in_thread(self._softrag, self.__call__, nodes)
+        return await in_thread(self._engine, self.__call__, nodes)
 
     def _is_current(self, node: BaseNode, key: str) -> bool:
         memory: Memory | None

@@ -6,7 +6,7 @@ import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from llama_index_softrag.memories import in_thread
+from llama_index_softrag.memories import in_short_thread, in_thread
 from softrag import SoftRAG
 
 
@@ -14,14 +14,14 @@ class SoftRAGEmbedding(BaseEmbedding):
     """The embedder of an engine as a LlamaIndex embedding model.
 
     Args:
-        softrag: The engine; its store can only be searched with its own embedder.
+        engine: The engine; its store can only be searched with its own embedder.
     """
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
-    def __init__(self, softrag: SoftRAG) -> None:
-        super().__init__(model_name=softrag.embedder.name)
-        self._softrag = softrag
+    def __init__(self, engine: SoftRAG) -> None:
+        super().__init__(model_name=engine.embedder.name)
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -29,23 +29,23 @@ class SoftRAGEmbedding(BaseEmbedding):
         return "SoftRAGEmbedding"
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return [float(value) for value in self._softrag.embedder.embed_query(query)]
+        return [float(value) for value in self._engine.embedder.embed_query(query)]
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        rows: list[Embedding] = self._softrag.embedder.embed_documents(texts).tolist()
+        rows: list[Embedding] = self._engine.embedder.embed_documents(texts).tolist()
         return rows
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return await in_thread(self._softrag, self._get_query_embedding, query)
+        return await in_short_thread(self._get_query_embedding, query)
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
-        return await in_thread(self._softrag, self._get_text_embedding, text)
+        return await in_thread(self._engine, self._get_text_embedding, text)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return await in_thread(self._softrag, self._get_text_embeddings, texts)
+        return await in_thread(self._engine, self._get_text_embeddings, texts)
 
 
 class LlamaIndexEmbedder:

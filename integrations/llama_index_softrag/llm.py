@@ -69,7 +69,7 @@ class SoftRAGLLM(CustomLLM):
     `text_prompt_tokens` and `completion_tokens`.
 
     Args:
-        softrag: The engine.
+        engine: The engine.
         mode: "memory" answers from memories and refuses anything else; "text" reads context as
             text, for comparison; "closed" answers without context and refuses one.
         max_new_tokens: Most tokens of an answer; calls may say otherwise (`max_tokens=`).
@@ -81,25 +81,25 @@ class SoftRAGLLM(CustomLLM):
     temperature: float = Field(default=0.0, ge=0)
     fingerprint: str
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
     def __init__(
         self,
-        softrag: SoftRAG,
+        engine: SoftRAG,
         *,
         mode: Mode = "memory",
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> None:
-        if softrag.decoder is None:
+        if engine.decoder is None:
             raise ValueError("The engine has no decoder; load it with load_decoder=True.")
         super().__init__(
             mode=mode,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            fingerprint=softrag.decoder.fingerprint,
+            fingerprint=engine.decoder.fingerprint,
         )
-        self._softrag = softrag
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -109,7 +109,7 @@ class SoftRAGLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex asks about a model."""
-        decoder = getattr(getattr(self._softrag.decoder, "model", None), "decoder", None)
+        decoder = getattr(getattr(self._engine.decoder, "model", None), "decoder", None)
         window = getattr(getattr(decoder, "config", None), "max_position_embeddings", None)
         return LLMMetadata(
             context_window=window or 4096,
@@ -170,18 +170,18 @@ class SoftRAGLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Do as `chat`, without blocking the event loop; concurrent calls run together."""
-        return _chat_response(await in_thread(self._softrag, self._answer, messages, kwargs))
+        return _chat_response(await in_thread(self._engine, self._answer, messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Do as `stream_chat`, without blocking the event loop."""
-        turn = await in_thread(self._softrag, self._turn, messages, kwargs)
+        turn = await in_thread(self._engine, self._turn, messages, kwargs)
 
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
-            async with self._softrag.astream_from(
+            async with self._engine.astream_from(
                 turn.question, turn.sources, mode=turn.mode, **turn.decoding
             ) as stream:
                 async for delta in stream:
@@ -196,18 +196,18 @@ class SoftRAGLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """Do as `complete`, without blocking the event loop; concurrent calls run together."""
-        return _completion(await in_thread(self._softrag, self._answer, _user(prompt), kwargs))
+        return _completion(await in_thread(self._engine, self._answer, _user(prompt), kwargs))
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Do as `stream_complete`, without blocking the event loop."""
-        turn = await in_thread(self._softrag, self._turn, _user(prompt), kwargs)
+        turn = await in_thread(self._engine, self._turn, _user(prompt), kwargs)
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
-            async with self._softrag.astream_from(
+            async with self._engine.astream_from(
                 turn.question, turn.sources, mode=turn.mode, **turn.decoding
             ) as stream:
                 async for delta in stream:
@@ -253,7 +253,10 @@ class SoftRAGLLM(CustomLLM):
                 "SoftRAGSynthesizer, or response_mode='compact' or 'simple_summarize' with a "
                 "SoftRAGPostprocessor; to rewrite or refine, use another LLM."
             )
-        return context_messages(str(values[_QUESTION]), [str(values[_CONTEXT])])
+        context = values[_CONTEXT]
+        # simple_summarize gives a list.
+        parts = [context] if isinstance(context, str) else [str(part) for part in context]
+        return context_messages(str(values[_QUESTION]), parts)
 
     def _turn(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> _Turn:
         decoding = self._decoding(options)
@@ -287,8 +290,8 @@ class SoftRAGLLM(CustomLLM):
             start = " ".join(rest.split())[:80]
             raise PromptError(
                 f"Found text where memories belong ({start!r}...). SoftRAGLLM answers from "
-                "memories: add SoftRAGPostprocessor(softrag) to node_postprocessors, or answer "
-                "with SoftRAGSynthesizer(softrag). System prompts are not read; "
+                "memories: add SoftRAGPostprocessor(engine) to node_postprocessors, or answer "
+                "with SoftRAGSynthesizer(engine). System prompts are not read; "
                 "SoftRAGLLM(mode='text') reads text."
             )
         if not handles:
@@ -298,7 +301,7 @@ class SoftRAGLLM(CustomLLM):
                 "condense questions use another LLM or skip_condense=True; to answer without "
                 "documents use SoftRAGLLM(mode='closed')."
             )
-        hits: list[Hit | str] = [*memories_of(self._softrag).read(handles)]
+        hits: list[Hit | str] = [*memories_of(self._engine).read(handles)]
         return hits
 
     def _decoding(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -321,13 +324,13 @@ class SoftRAGLLM(CustomLLM):
     def _answer(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Answer:
         turn = self._turn(messages, options)
         with _loud():
-            return self._softrag.answer_from(
+            return self._engine.answer_from(
                 turn.question, turn.sources, mode=turn.mode, **turn.decoding
             )
 
     def _start(self, turn: _Turn) -> AnswerStream:
         with _loud():
-            return self._softrag.stream_from(
+            return self._engine.stream_from(
                 turn.question, turn.sources, mode=turn.mode, **turn.decoding
             )
 

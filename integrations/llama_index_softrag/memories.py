@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
 from threading import Lock
@@ -77,14 +78,14 @@ class Memories:
     """Memories used last, and the handles that stand for them in prompts.
 
     Args:
-        softrag: The engine that reads and makes them.
+        engine: The engine that reads and makes them.
     """
 
-    def __init__(self, softrag: SoftRAG) -> None:
+    def __init__(self, engine: SoftRAG) -> None:
         # Not the engine itself: it is this object's key in `_MEMORIES`, and must be free to go.
-        self._store = softrag.store
-        self._compressor = softrag.compressor
-        self.fingerprint = softrag.store.record.fingerprint
+        self._store = engine.store
+        self._compressor = engine.compressor
+        self.fingerprint = engine.store.record.fingerprint
         self.cache = MemoryCache()
         self._secret = secrets.token_bytes(32)
         self._hits: OrderedDict[str, tuple[Hit, str]] = OrderedDict()
@@ -225,18 +226,27 @@ class Memories:
         return minted
 
 
+_SHORT = ThreadPoolExecutor(max_workers=2, thread_name_prefix="softrag-llama-index")
 _MEMORIES: WeakKeyDictionary[SoftRAG, Memories] = WeakKeyDictionary()
 _MEMORIES_LOCK = Lock()
 
 
-def memories_of(softrag: SoftRAG) -> Memories:
+def memories_of(engine: SoftRAG) -> Memories:
     """Return the memories that all LlamaIndex parts of one engine share."""
     with _MEMORIES_LOCK:
-        if softrag not in _MEMORIES:
-            _MEMORIES[softrag] = Memories(softrag)
-        return _MEMORIES[softrag]
+        if engine not in _MEMORIES:
+            _MEMORIES[engine] = Memories(engine)
+        return _MEMORIES[engine]
 
 
-async def in_thread(softrag: SoftRAG, function: Callable[..., T], *args: Any) -> T:
-    """Run a blocking function in one of the engine's threads."""
-    return await asyncio.get_running_loop().run_in_executor(softrag.threads, function, *args)
+async def in_thread(engine: SoftRAG, function: Callable[..., T], *args: Any) -> T:
+    """Run a function that waits, for a model or a store, in one of the engine's threads."""
+    return await asyncio.get_running_loop().run_in_executor(engine.threads, function, *args)
+
+
+async def in_short_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run a step of milliseconds beside the event loop.
+
+    In few threads: each one more that computes keeps the event loop longer from its turn.
+    """
+    return await asyncio.get_running_loop().run_in_executor(_SHORT, function, *args)

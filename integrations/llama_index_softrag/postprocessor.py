@@ -26,18 +26,18 @@ class SoftRAGPostprocessor(BaseNodePostprocessor):
     (OSCAR) compress here, for the question.
 
     Args:
-        softrag: The engine.
+        engine: The engine.
         top_n: Keep the best by score; None keeps all, in their order.
     """
 
     top_n: int | None = Field(default=None, ge=1)
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
-    def __init__(self, softrag: SoftRAG, *, top_n: int | None = None) -> None:
+    def __init__(self, engine: SoftRAG, *, top_n: int | None = None) -> None:
         fields: dict[str, Any] = {"top_n": top_n}
         super().__init__(**fields)
-        self._softrag = softrag
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -47,7 +47,7 @@ class SoftRAGPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        memories = memories_of(self._softrag)
+        memories = memories_of(self._engine)
         if query_bundle is None and memories.query_dependent:
             raise ValueError(
                 "This checkpoint compresses for a question: give query_bundle or query_str."

@@ -25,7 +25,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
     def from_documents(
         cls,
         documents: Iterable[Document],
-        softrag: SoftRAG,
+        engine: SoftRAG,
         *,
         k: int = 5,
         filters: MetadataFilters | None = None,
@@ -42,7 +42,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
 
         Args:
             documents: Documents with stable ids, such as file names.
-            softrag: The engine.
+            engine: The engine.
             k: As in `from_store`.
             filters: As in `from_store`.
             streaming: As in `from_store`.
@@ -54,11 +54,11 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
         Raises:
             EmptyDocumentError: A document has no text.
         """
-        report = softrag.add(map(to_document, documents), show_progress=show_progress)
+        report = engine.add(map(to_document, documents), show_progress=show_progress)
         if report.errors:
             raise EmptyDocumentError("\n".join(error.message for error in report.errors))
         return cls.from_store(
-            softrag,
+            engine,
             k=k,
             filters=filters,
             streaming=streaming,
@@ -70,7 +70,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
     @classmethod
     def from_store(
         cls,
-        softrag: SoftRAG,
+        engine: SoftRAG,
         *,
         k: int = 5,
         filters: MetadataFilters | None = None,
@@ -82,7 +82,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
         """Return a query engine over what the engine's store holds, whoever stored it.
 
         Args:
-            softrag: The engine.
+            engine: The engine.
             k: How many chunks to read.
             filters: Which chunks to consider.
             streaming: Answer in pieces.
@@ -91,11 +91,11 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
             callback_manager: None for the one of LlamaIndex's settings.
         """
         return cls(
-            retriever=index_of(softrag, callback_manager).as_retriever(
+            retriever=index_of(engine, callback_manager).as_retriever(
                 similarity_top_k=k, filters=filters
             ),
             response_synthesizer=SoftRAGSynthesizer(
-                softrag,
+                engine,
                 streaming=streaming,
                 max_new_tokens=max_new_tokens,
                 callback_manager=callback_manager,
@@ -105,10 +105,10 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
         )
 
 
-def index_of(softrag: SoftRAG, callback_manager: CallbackManager | None = None) -> VectorStoreIndex:
+def index_of(engine: SoftRAG, callback_manager: CallbackManager | None = None) -> VectorStoreIndex:
     """Return a LlamaIndex index over an engine's store."""
     return VectorStoreIndex.from_vector_store(
-        SoftRAGQdrantVectorStore(softrag),
-        embed_model=SoftRAGEmbedding(softrag),
+        SoftRAGQdrantVectorStore(engine),
+        embed_model=SoftRAGEmbedding(engine),
         callback_manager=callback_manager,
     )

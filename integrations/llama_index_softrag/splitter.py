@@ -19,20 +19,20 @@ class SoftRAGSplitter(NodeParser):
     """Splits documents into nodes that fit the compressor, with the title each node repeats.
 
     Args:
-        softrag: Its compressor measures the pieces.
+        engine: Its compressor measures the pieces.
         chunk_tokens: Most compressor tokens in a node and its title; None for the engine's.
     """
 
     chunk_tokens: int = Field(ge=1)
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
-    def __init__(self, softrag: SoftRAG, chunk_tokens: int | None = None) -> None:
-        fields: dict[str, Any] = {"chunk_tokens": chunk_tokens or softrag.chunk_tokens}
+    def __init__(self, engine: SoftRAG, chunk_tokens: int | None = None) -> None:
+        fields: dict[str, Any] = {"chunk_tokens": chunk_tokens or engine.chunk_tokens}
         super().__init__(**fields)
-        if softrag.compressor is None:
+        if engine.compressor is None:
             raise ValueError("Splitting measures in the compressor's tokens; load_compressor=True.")
-        self._softrag = softrag
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -52,7 +52,7 @@ class SoftRAGSplitter(NodeParser):
         return pieces
 
     def _split(self, node: BaseNode) -> list[str]:
-        compressor = self._softrag.compressor
+        compressor = self._engine.compressor
         assert compressor is not None
         room = self.chunk_tokens
         title = title_of(node)

@@ -13,7 +13,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextN
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from llama_index_softrag.llm import SoftRAGLLM, context_messages
-from llama_index_softrag.memories import MemoryNode, in_thread, memories_of
+from llama_index_softrag.memories import MemoryNode, in_short_thread, memories_of
 from softrag import SoftRAG
 
 
@@ -24,7 +24,7 @@ class SoftRAGSynthesizer(BaseSynthesizer):
     takes a `response_synthesizer`: sync, async and streaming.
 
     Args:
-        softrag: The engine.
+        engine: The engine.
         streaming: Answer in pieces.
         max_new_tokens: Most tokens of an answer.
         temperature: 0.0 takes the likeliest token.
@@ -34,7 +34,7 @@ class SoftRAGSynthesizer(BaseSynthesizer):
 
     def __init__(
         self,
-        softrag: SoftRAG,
+        engine: SoftRAG,
         *,
         streaming: bool = False,
         max_new_tokens: int = 128,
@@ -42,14 +42,14 @@ class SoftRAGSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
     ) -> None:
-        self._decoder = SoftRAGLLM(softrag, max_new_tokens=max_new_tokens, temperature=temperature)
+        self._decoder = SoftRAGLLM(engine, max_new_tokens=max_new_tokens, temperature=temperature)
         super().__init__(
             llm=self._decoder,
             callback_manager=callback_manager,
             streaming=streaming,
             empty_response=empty_response,
         )
-        self._softrag = softrag
+        self._engine = engine
 
     def synthesize(
         self,
@@ -76,7 +76,7 @@ class SoftRAGSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Do as `synthesize`, without blocking the event loop."""
-        views = await in_thread(self._softrag, self._view, query, nodes)
+        views = await in_short_thread(self._view, query, nodes)
         return await super().asynthesize(query, views, additional_source_nodes, **response_kwargs)
 
     def get_response(
@@ -92,7 +92,7 @@ class SoftRAGSynthesizer(BaseSynthesizer):
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """Do as `get_response`, without blocking the event loop."""
-        handles = await in_thread(self._softrag, self._handles, query_str, text_chunks)
+        handles = await in_short_thread(self._handles, query_str, text_chunks)
         messages = context_messages(query_str, handles)
         if self._streaming:
             pieces = await self._decoder.astream_chat(messages)
@@ -105,11 +105,11 @@ class SoftRAGSynthesizer(BaseSynthesizer):
         if all(isinstance(each.node, MemoryNode) for each in nodes):
             return list(nodes)
         question = query.query_str if isinstance(query, QueryBundle) else query
-        return memories_of(self._softrag).view(nodes, question)
+        return memories_of(self._engine).view(nodes, question)
 
     def _handles(self, question: str, chunks: Sequence[str]) -> list[str]:
         """Return handles for chunks that are plain text."""
-        memories = memories_of(self._softrag)
+        memories = memories_of(self._engine)
         handles: list[str] = []
         for chunk in chunks:
             if memories.is_handle(chunk):

@@ -19,7 +19,7 @@ from qdrant_client import QdrantClient
 
 from llama_index_softrag.compressor import node_text
 from llama_index_softrag.convert import carried_memory, to_chunk, to_filter, to_node
-from llama_index_softrag.memories import in_thread, memories_of
+from llama_index_softrag.memories import in_short_thread, in_thread, memories_of
 from softrag import Hit, Memory, SoftRAG, memory_key
 
 
@@ -31,20 +31,20 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
     the handle of their memory in `metadata["softrag_memory"]`, never the memory itself.
 
     Args:
-        softrag: The engine. Search embeddings must come from its embedder: use
-            `SoftRAGEmbedding(softrag)`, or load the engine with a `LlamaIndexEmbedder`.
+        engine: The engine. Search embeddings must come from its embedder: use
+            `SoftRAGEmbedding(engine)`, or load the engine with a `LlamaIndexEmbedder`.
     """
 
     stores_text: bool = True
     flat_metadata: bool = False
     collection_name: str
 
-    _softrag: SoftRAG = PrivateAttr()
+    _engine: SoftRAG = PrivateAttr()
 
-    def __init__(self, softrag: SoftRAG) -> None:
-        fields: dict[str, Any] = {"stores_text": True, "collection_name": softrag.store.collection}
+    def __init__(self, engine: SoftRAG) -> None:
+        fields: dict[str, Any] = {"stores_text": True, "collection_name": engine.store.collection}
         super().__init__(**fields)
-        self._softrag = softrag
+        self._engine = engine
 
     @classmethod
     def class_name(cls) -> str:
@@ -53,8 +53,8 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
 
     @property
     def client(self) -> QdrantClient:
-        """The Qdrant client; hold `softrag.store.lock` around its use."""
-        return self._softrag.store.client
+        """The Qdrant client; hold `engine.store.lock` around its use."""
+        return self._engine.store.client
 
     # Writing
 
@@ -71,12 +71,12 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         memories = self._memories(nodes)
         chunks = [to_chunk(node, memory) for node, memory in zip(nodes, memories, strict=True)]
         embeddings = np.asarray([node.get_embedding() for node in nodes], dtype=np.float32)
-        self._softrag.store.upsert(chunks, embeddings, memories)
+        self._engine.store.upsert(chunks, embeddings, memories)
         return [node.node_id for node in nodes]
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete all nodes of a source document."""
-        self._softrag.store.delete_source(ref_doc_id)
+        self._engine.store.delete_source(ref_doc_id)
 
     def delete_nodes(
         self,
@@ -88,11 +88,11 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         if node_ids is None and filters is None:
             raise ValueError("Give node_ids or filters; to delete all nodes, call clear().")
         where = to_filter(filters, node_ids=node_ids)
-        self._delete(self._softrag.store.scroll(where=where, with_memories=False))
+        self._delete(self._engine.store.scroll(where=where, with_memories=False))
 
     def clear(self) -> None:
         """Delete all nodes."""
-        self._delete(self._softrag.store.scroll(with_memories=False))
+        self._delete(self._engine.store.scroll(with_memories=False))
 
     # Reading
 
@@ -104,13 +104,14 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         """
         if query.mode != VectorStoreQueryMode.DEFAULT:
             raise ValueError(
-                f"This store searches by embedding, not in the mode {VectorStoreQueryMode(query.mode).value!r}. Leave "
-                "vector_store_query_mode out; for hybrid search give a QueryFusionRetriever this "
-                "store's retriever and another one: memories are found for the nodes of both."
+                "This store searches by embedding, not in the mode "
+                f"{VectorStoreQueryMode(query.mode).value!r}. Leave vector_store_query_mode out; "
+                "for hybrid search give a QueryFusionRetriever this store's retriever and another "
+                "one: memories are found for the nodes of both."
             )
         if query.query_embedding is None:
             raise ValueError("The query has no embedding; give the index an embed_model.")
-        hits = self._softrag.store.search(
+        hits = self._engine.store.search(
             np.asarray(query.query_embedding, dtype=np.float32),
             query.similarity_top_k,
             # Retrievers give empty lists for "any".
@@ -131,18 +132,18 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
     ) -> list[BaseNode]:
         """Return nodes by id, by filter, by both together, or all of them."""
         where = to_filter(filters, node_ids=node_ids)
-        hits = self._softrag.store.scroll(where=where, with_memories=False)
+        hits = self._engine.store.scroll(where=where, with_memories=False)
         return [to_node(hit) for hit in hits]
 
     # Async: the same, in the engine's threads.
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """Do as `add`, without blocking the event loop."""
-        return await in_thread(self._softrag, self.add, nodes)
+        return await in_thread(self._engine, self.add, nodes)
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Do as `delete`, without blocking the event loop."""
-        await in_thread(self._softrag, self.delete, ref_doc_id)
+        await in_thread(self._engine, self.delete, ref_doc_id)
 
     async def adelete_nodes(
         self,
@@ -151,15 +152,15 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         **delete_kwargs: Any,
     ) -> None:
         """Do as `delete_nodes`, without blocking the event loop."""
-        await in_thread(self._softrag, self.delete_nodes, node_ids, filters)
+        await in_thread(self._engine, self.delete_nodes, node_ids, filters)
 
     async def aclear(self) -> None:
         """Do as `clear`, without blocking the event loop."""
-        await in_thread(self._softrag, self.clear)
+        await in_thread(self._engine, self.clear)
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Do as `query`, without blocking the event loop."""
-        return await in_thread(self._softrag, self.query, query)
+        return await in_short_thread(self.query, query)
 
     async def aget_nodes(
         self,
@@ -167,14 +168,14 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
         filters: MetadataFilters | None = None,
     ) -> list[BaseNode]:
         """Do as `get_nodes`, without blocking the event loop."""
-        return await in_thread(self._softrag, self.get_nodes, node_ids, filters)
+        return await in_thread(self._engine, self.get_nodes, node_ids, filters)
 
     # Within
 
     def _memories(self, nodes: Sequence[BaseNode]) -> list[Memory | None]:
         """Return the nodes' memories, made of what they carry or compressed now."""
-        fingerprint = self._softrag.store.record.fingerprint
-        compressor = self._softrag.compressor
+        fingerprint = self._engine.store.record.fingerprint
+        compressor = self._engine.compressor
         if compressor is not None and compressor.query_dependent:
             return [None] * len(nodes)
         memories: list[Memory | None] = []
@@ -199,8 +200,8 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
     def _node(self, hit: Hit) -> BaseNode:
         if hit.memory is None:
             return to_node(hit)
-        memories_of(self._softrag).cache.put(hit.memory)
+        memories_of(self._engine).cache.put(hit.memory)
         return to_node(hit, hit.memory.key)
 
     def _delete(self, hits: Iterable[Hit]) -> None:
-        self._softrag.store.delete([hit.id for hit in hits])
+        self._engine.store.delete([hit.id for hit in hits])

@@ -135,11 +135,11 @@ def _walk(
         yield from _walk(value.__pydantic_private__ or {}, f"{path}.private", visited, seen)
     elif isinstance(value, Mapping):
         for name, each in value.items():
-            if name not in ("_softrag", "embedding"):
+            if name not in ("_engine", "embedding"):
                 yield from _walk(each, f"{path}.{name}", visited, seen)
     elif isinstance(value, (list, tuple, set)):
         for place, each in enumerate(value):
             yield from _walk(each, f"{path}[{place}]", visited, seen)
     elif hasattr(value, "__dict__") and type(value).__module__.startswith("llama_index"):
-        fields = {n: v for n, v in vars(value).items() if not n.startswith("_softrag")}
+        fields = {n: v for n, v in vars(value).items() if not n.startswith("_engine")}
         yield from _walk(fields, path, visited, seen)
