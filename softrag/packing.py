@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -208,22 +208,31 @@ def _sequence_by_sequence(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attend to one sequence after the other: no padding, any device and dtype."""
-    outputs = []
-    borders = cu_seq_lens.tolist()
-    for start, end in pairwise(borders):
-        q_s, k_s, v_s = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
+    """Attend to runs of equally long sequences, one after the other: any device and dtype."""
+    output = torch.empty_like(q)
+    start = 0
+    lengths = cu_seq_lens.diff().tolist()
+    for length, run in groupby(lengths):
+        rows = len(list(run))
+        span = slice(start, start + rows * length)
+        start = span.stop
+        if not length:
+            continue
+        q_s, k_s, v_s = (
+            states[span].view(rows, length, *states.shape[1:]).transpose(1, 2)
+            for states in (q, k, v)
+        )  # (rows, heads, length, dim)
         mask = None
-        if window is not None and end - start > window:
-            position = torch.arange(end - start, device=q.device)
+        if window is not None and length > window:
+            position = torch.arange(length, device=q.device)
             distance = position[:, None] - position[None, :]
             mask = (distance >= 0) & (distance < window)
-        output = nn.functional.scaled_dot_product_attention(
+        attended = nn.functional.scaled_dot_product_attention(
             q_s, k_s, v_s, attn_mask=mask, is_causal=mask is None, scale=scaling,
             enable_gqa=q_s.shape[1] != k_s.shape[1],
         )  # fmt: skip
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
+        output[span] = attended.transpose(1, 2).flatten(0, 1)
+    return output
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
