@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -42,6 +44,19 @@ def open_engine(store="memory", *, query_dependent: bool = False) -> SoftRAG:
         compressor=Compressor(model, lock=lock),
         decoder=RecordingDecoder(TorchDecoder(model, lock=lock)),
     )
+
+
+@pytest.fixture(autouse=True)
+def event_loop_of_sync_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """LlamaIndex's sync calls take the thread's event loop, or make one that nobody closes."""
+    if inspect.iscoroutinefunction(request.function):
+        yield
+        return
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.fixture
