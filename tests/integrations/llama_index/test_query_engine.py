@@ -455,7 +455,9 @@ def test_the_walk_finds_blobs():
 # Concurrency
 
 
-async def test_questions_at_the_same_time_are_batched_and_block_no_loop(softrag, record_property):
+async def test_questions_at_the_same_time_are_batched_and_block_no_loop(
+    softrag, record_testsuite_property
+):
     questions = [f"{text} Question {n}?" for n, text in enumerate(SENTENCES * 4)]
     engine = ours(softrag)
     expected = [str(engine.query(question)) for question in questions]
@@ -471,8 +473,8 @@ async def test_questions_at_the_same_time_are_batched_and_block_no_loop(softrag,
         assert max(softrag.decoder.batches) > 4
         if block <= 0.05:
             break
-    record_property("batch_sizes", list(softrag.decoder.batches))
-    record_property("longest_blocks_s", blocks)
+    record_testsuite_property("batch_sizes", list(softrag.decoder.batches))
+    record_testsuite_property("longest_blocks_s", blocks)
     assert min(blocks) <= 0.05, blocks
 
 
