@@ -21,6 +21,7 @@ from softrag.errors import CheckpointError, MissingExtraError
 from softrag.extras import load_extra
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -76,6 +77,19 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 on GPUs and on CPUs that compute in it, else float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16
+    if device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return torch.bfloat16
+    return torch.float32
 
 
 def cache_folder() -> Path:

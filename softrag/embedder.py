@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from softrag.base_models import fast_dtype
 from softrag.errors import MissingExtraError
 from softrag.extras import load_extra
 
@@ -80,7 +81,7 @@ class MiniLMEmbedder:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
         self.device = torch.device(device)
-        self.dtype = dtype or _fast_dtype(self.device)
+        self.dtype = dtype or fast_dtype(self.device)
         self.batch_tokens = batch_tokens
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = None
@@ -264,16 +265,6 @@ def _batches_of_like_length(rows: list[list[int]], batch_tokens: int) -> Iterato
         size = max(1, batch_tokens // len(rows[order[start]]))
         yield order[start : start + size]
         start += size
-
-
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16
-    if device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        return torch.bfloat16
-    return torch.float32
 
 
 def _find_minilm() -> Path:

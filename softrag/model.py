@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softrag import checkpoint
 from softrag.adapters import add_lora, is_lora_weight, merge_lora
-from softrag.base_models import quiet_loading, resolve_base_model
+from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import PlaceholderMismatchError
@@ -715,9 +715,8 @@ def _choose_dtypes(
         raise ValueError(f"dtype is {dtype!r}; expected 'auto' or a torch.dtype.")
     if device.type != "cpu":
         return torch.bfloat16, torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    separate = not config.shares_backbone
-    return torch.float32, torch.bfloat16 if fast and separate else torch.float32
+    # A backbone that is shared has one dtype, the decoder's.
+    return torch.float32, torch.float32 if config.shares_backbone else fast_dtype(device)
 
 
 AutoModel.register(SoftRAGConfig, SoftRAGModel, exist_ok=True)

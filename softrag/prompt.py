@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softrag.config import SoftRAGConfig
 from softrag.errors import EmptyDocumentError
+from softrag.text import memory_length
 
 MEMORY_TOKEN = "<MEM>"
 AUTO_ENCODING_TOKEN = "<AE>"
@@ -96,7 +97,7 @@ class DocumentPrompt:
         """Return how many soft tokens a document of so many tokens becomes."""
         if self.config.memory_tokens is not None:
             return self.config.memory_tokens
-        return max(1, -(-n_document_tokens // self.config.rate))
+        return memory_length(n_document_tokens, self.config.rate)
 
     def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:
         """Lay out one document for the compressor.
