@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import torch
 
 from softrag.memory import Memory
 
@@ -21,6 +23,7 @@ class DecodeRequest:
         stop: Strings that end the answer; they are not part of it.
         temperature: 0.0 takes the likeliest token; above it tokens are sampled.
         seed: Makes sampling repeatable; None for a new one each time.
+        with_state: Whether the result brings `prompt_state`.
     """
 
     question: str
@@ -29,6 +32,7 @@ class DecodeRequest:
     stop: Sequence[str] = ()
     temperature: float = 0.0
     seed: int | None = None
+    with_state: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers, and that `stop` is no bare string."""
@@ -52,6 +56,11 @@ class DecodeResult:
         first_token_s: Seconds from the start of the batch to the first token.
         finish_reason: "stop" when the model or a stop string ended it, "length" when
             `max_new_tokens` did.
+        token_logprobs: Natural logarithms of the probabilities, at temperature 1, that the model
+            gave the tokens it wrote; one per completion token, or empty from a decoder that does
+            not say.
+        prompt_state: `(hidden,)`, the prompt's last token halfway through the decoder's layers,
+            in float32 on the CPU; None unless asked for, or from a decoder that cannot say.
     """
 
     text: str
@@ -60,6 +69,8 @@ class DecodeResult:
     completion_tokens: int
     first_token_s: float
     finish_reason: Literal["stop", "length"]
+    token_logprobs: Sequence[float] = ()
+    prompt_state: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Decoder(Protocol):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from softrag.batch import collate_prompts
 from softrag.decoder.base import DecodeRequest, DecodeResult
@@ -139,10 +141,10 @@ class TorchDecoder:
         start = perf_counter()
         cache, mask, logits = self._prefill(rows)
         while True:
-            tokens = _choose(rows, logits)
+            tokens, logprobs = _choose(rows, logits)
             elapsed = perf_counter() - start
-            for row, token in zip(rows, tokens, strict=True):
-                row.push(token, self._end_ids, elapsed)
+            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+                row.push(token, logprob, self._end_ids, elapsed)
             yield
             going = [place for place, row in enumerate(rows) if not row.finish_reason]
             if not going:
@@ -170,7 +172,7 @@ class TorchDecoder:
         batch = collate_prompts([row.prompt for row in rows], self._pad_id, side="left")
         mask = batch.attention_mask.to(device)
         cache = DynamicCache(config=self._decoder.config)
-        with self._lock:
+        with self._lock, _watch_middle(self._decoder) as states:
             soft_tokens = (
                 torch.cat(memories) if memories else torch.zeros(0, self._width)
             )  # (soft tokens of all rows, hidden)
@@ -184,6 +186,9 @@ class TorchDecoder:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
+        if any(row.request.with_state for row in rows):
+            for row, state in zip(rows, states[0].float().cpu(), strict=True):
+                row.prompt_state = state if row.request.with_state else None
         return cache, mask, logits[:, -1]
 
     @torch.no_grad()
@@ -200,13 +205,30 @@ class TorchDecoder:
         return logits[:, -1]
 
 
-def _choose(rows: list[_Row], logits: torch.Tensor) -> list[int]:
-    """Return the next token of every row, from `(rows, vocabulary)` logits."""
-    greedy = logits.argmax(-1).tolist()
-    return [
+@contextmanager
+def _watch_middle(decoder: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the last token's state halfway through the layers, `(rows, hidden)` per forward."""
+    states: list[torch.Tensor] = []
+    layers: Any = decoder.base_model.layers
+    hook = layers[len(layers) // 2].register_forward_pre_hook(
+        lambda _, arguments: states.append(arguments[0][:, -1])
+    )
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def _choose(rows: list[_Row], logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Return the next token of every row and its log-probability, from `(rows, vocabulary)`."""
+    greedy = logits.argmax(-1)
+    tokens = [
         row.sample(row_logits) if row.request.temperature else token
-        for row, row_logits, token in zip(rows, logits, greedy, strict=True)
+        for row, row_logits, token in zip(rows, logits, greedy.tolist(), strict=True)
     ]
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    logprobs = logits.float().log_softmax(-1).gather(-1, chosen)[:, 0]
+    return tokens, logprobs.tolist()
 
 
 class _Row:
@@ -217,8 +239,9 @@ class _Row:
         self.prompt = prompt
         self.delta = ""
         self.finish_reason: str | None = None
+        self.prompt_state: torch.Tensor | None = None
+        self._logprobs: list[float] = []
         self._detokenizer = detokenizer
-        self._n_tokens = 0
         self._first_token_s = 0.0
         self._random = torch.Generator()
         if request.seed is None:
@@ -233,16 +256,16 @@ class _Row:
         weights = (logits.float().cpu() / self.request.temperature).softmax(-1)
         return int(torch.multinomial(weights, 1, generator=self._random))
 
-    def push(self, token: int, end_ids: set[int], elapsed: float) -> None:
+    def push(self, token: int, logprob: float, end_ids: set[int], elapsed: float) -> None:
         """Take the chosen token: sets `delta`, and `finish_reason` when it was the last."""
-        if not self._n_tokens:
+        if not self._logprobs:
             self._first_token_s = elapsed
-        self._n_tokens += 1
+        self._logprobs.append(logprob)
         ended = token in end_ids
         self.delta = "" if ended else self._detokenizer.push(token)
         if ended or self._detokenizer.stopped:
             self.finish_reason = "stop"
-        elif self._n_tokens == self.request.max_new_tokens:
+        elif len(self._logprobs) == self.request.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
             self.delta += self._detokenizer.finish()
@@ -255,7 +278,9 @@ class _Row:
             soft_tokens=sum(
                 len(document) for document in self.request.documents if isinstance(document, Memory)
             ),
-            completion_tokens=self._n_tokens,
+            completion_tokens=len(self._logprobs),
             first_token_s=self._first_token_s,
             finish_reason="stop" if self.finish_reason == "stop" else "length",
+            token_logprobs=tuple(self._logprobs),
+            prompt_state=self.prompt_state,
         )

@@ -84,6 +84,37 @@ def test_every_family_answers_the_same_in_a_batch_and_alone_and_as_hugging_face(
     assert together[0].text == text
 
 
+def test_results_say_how_sure_the_model_was_of_every_token(model, decoder, memories):
+    request = asks(memories)[0]
+
+    result = decoder.generate([request])[0]
+    sampled = decoder.generate([replace(request, temperature=5.0, seed=1)])[0]
+
+    row = decoder.prompt.render(request.question, [len(m) for m in memories[:3]])
+    ids = torch.tensor([row.input_ids])
+    mask = torch.ones_like(ids)
+    soft_tokens = torch.cat([memory.values for memory in memories[:3]]).float()
+    with torch.no_grad():
+        read = model.decoder(
+            inputs_embeds=model.embed_prompt(ids, mask, soft_tokens),
+            attention_mask=mask,
+            output_hidden_states=True,
+        )
+    likeliest = read.logits[0, -1].log_softmax(-1).max()
+    assert len(result.token_logprobs) == result.completion_tokens
+    assert result.token_logprobs[0] == pytest.approx(likeliest.item(), abs=1e-4)
+    # What is sampled is judged at temperature 1 too, so that answers stay comparable.
+    assert sampled.token_logprobs[0] <= result.token_logprobs[0]
+    assert len(sampled.token_logprobs) == sampled.completion_tokens
+    # The state is for those who ask, and no neighbour in the batch moves it.
+    assert result.prompt_state is None
+    stateful = decoder.generate([*asks(memories)[1:], replace(request, with_state=True)])
+    assert [each.prompt_state is None for each in stateful] == [True, True, True, False]
+    torch.testing.assert_close(
+        stateful[-1].prompt_state, read.hidden_states[1][0, -1], atol=1e-4, rtol=1e-4
+    )
+
+
 def test_small_batches_give_the_same_answers(model, decoder, memories):
     requests = asks(memories)
     expected = [result.text for result in decoder.generate(requests)]
