@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial, wraps
@@ -58,12 +59,19 @@ def _rename(twin: Callable[..., object], method: Callable[..., object]) -> None:
 
 
 class AsyncAnswerStream(AsyncIterator[str]):
-    """An `AnswerStream` for `async for`; it runs in a thread, one piece at a time."""
+    """An `AnswerStream` for `async for`; it runs in a thread, one piece at a time.
+
+    Waiting for a piece can be cancelled, also by a timeout: `aclose` then stops the model after the
+    piece it is at.
+    """
 
     def __init__(self, start: Callable[[], AnswerStream], threads: Executor) -> None:
         self._start = start
         self._threads = threads
         self._stream: AnswerStream | None = None
+        self._closed = False
+        # A thread goes on with its piece when the task that waits for it is cancelled.
+        self._lock = threading.Lock()
 
     @property
     def sources(self) -> list[Hit]:
@@ -84,8 +92,9 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """Stop the model; what was not read is lost."""
-        if self._stream is not None:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._stream.close)
+        self._closed = True
+        if self._stream is not None or self._lock.locked():
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._close)
 
     async def __aenter__(self) -> AsyncAnswerStream:
         """Return itself."""
@@ -102,9 +111,17 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     def _next(self) -> str | None:
         # None for the end: StopIteration cannot leave a thread.
-        if self._stream is None:
-            self._stream = self._start()
-        return next(self._stream, None)
+        with self._lock:
+            if self._closed:
+                return None
+            if self._stream is None:
+                self._stream = self._start()
+            return next(self._stream, None)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._stream is not None:
+                self._stream.close()
 
     def _started(self) -> AnswerStream:
         if self._stream is None:

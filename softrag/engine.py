@@ -332,6 +332,8 @@ class SoftRAG:
     aanswer_from = async_twin(answer_from)
     aretrieve = async_twin(retrieve)
     aadd = async_twin(add)
+    adelete = async_twin(delete)
+    adelete_source = async_twin(delete_source)
     astream = async_stream_twin(stream)
     astream_from = async_stream_twin(stream_from)
 
