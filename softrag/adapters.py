@@ -32,6 +32,21 @@ def is_lora_weight(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def is_adapted(layer: nn.Module) -> bool:
+    """Tell whether a layer is a base layer with adapters around it."""
+    return hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer")
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> torch.Tensor:  # noqa: ANN401 - peft publishes no types
+    """Return an adapted layer's weight with its adapters added, in the weight's own dtype."""
+    weight = layer.get_base_layer().weight
+    total = weight.float()
+    for adapter in layer.lora_A:
+        total = total + layer.get_delta_weight(adapter).float()
+    return total.to(weight.dtype)
+
+
 @torch.no_grad()
 def merge_lora(backbone: nn.Module) -> int:
     """Replace every adapted layer by a plain one with the sum of the weights.
@@ -45,14 +60,11 @@ def merge_lora(backbone: nn.Module) -> int:
     layer: Any
     for parent in list(backbone.modules()):
         for name, layer in list(parent.named_children()):
-            if not hasattr(layer, "lora_A") or not hasattr(layer, "get_base_layer"):
+            if not is_adapted(layer):
                 continue
             base = layer.get_base_layer()
-            total = base.weight.float()
-            for adapter in layer.lora_A:
-                total = total + layer.get_delta_weight(adapter).float()
             plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
+            plain.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
             if base.bias is not None:
                 plain.bias = base.bias
             setattr(parent, name, plain)

@@ -27,6 +27,7 @@ CORE_LAYERS = [
     {"documents", "prompt", "codec", "handles", "embedder"},
     {"answer", "batch", "checkpoint", "evaluation", "files"},
     {"model", "asynchronous"},
+    {"export"},
     {"compressor", "decoder", "store"},
     {"asking", "indexing"},
     {"engine", "question_set"},
