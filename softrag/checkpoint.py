@@ -221,7 +221,10 @@ def load_weights(model: SoftRAGModel, folder: Path) -> None:
     absent = tuple(
         prefix
         for part, prefixes in (
-            (model.compressor, ("compressor.", "connector.", "memory_embedding")),
+            (
+                model.compressor,
+                ("compressor.", "connector.", "word_projection.", "memory_embedding"),
+            ),
             (model.decoder, ("decoder.", "auto_encoding_embedding")),
         )
         if part is None

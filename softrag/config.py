@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
 
-READOUTS = ("memory", "window")
+READOUTS = ("memory", "window", "words")
 
 DOCUMENT_PROMPT = {
     "document": "{document}",
@@ -43,7 +43,9 @@ class SoftRAGConfig(PreTrainedConfig):
         readout: `"memory"`: a soft token is the last state of its `<MEM>` token (both papers).
             `"window"`: each `<MEM>` token owns an equal window of the document; it stands at the
             window's end, starts from the mean of the window's embeddings, and is read out together
-            with the mean of the window's last states (mean pooling: arXiv 2510.20797).
+            with the mean of the window's last states (mean pooling: arXiv 2510.20797). `"words"`:
+            the same, and the mean of the window's embeddings is added to the soft token through a
+            linear map, so that a decoder of the same family finds a window by its words.
         connector_hidden: Width of the connector's hidden layer; None is the identity, for a
             compressor that shares the decoder's backbone.
         decoder_lora: `{"r", "alpha", "dropout"}` of the decoder's adapters; None: no adapters.

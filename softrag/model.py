@@ -36,6 +36,9 @@ from softrag.prompt import AUTO_ENCODING_TOKEN, MEMORY_TOKEN, add_special_tokens
 
 logger = logging.getLogger(__name__)
 
+# Parameters that no base model has.
+_NEW_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "auto_encoding_embedding")
+
 # A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
 LanguageModel = Any
 
@@ -108,6 +111,7 @@ class SoftRAGModel(PreTrainedModel):
         self.compressor_tokenizer: PreTrainedTokenizerBase | None = None
         self.decoder_tokenizer: PreTrainedTokenizerBase | None = None
         self._fingerprint: str | None = None
+        self._loss = _summed_loss
 
         decoder_width = config.sub_config("decoder").hidden_size
         if self.compressor is not None:
@@ -119,6 +123,8 @@ class SoftRAGModel(PreTrainedModel):
                 if config.connector_hidden is None
                 else Connector(width, config.connector_hidden, decoder_width)
             )
+            if config.readout == "words":
+                self.word_projection = nn.Linear(width, decoder_width, bias=False)
             if config.connector_hidden is None and width != decoder_width:
                 raise ValueError(
                     f"Without a connector the compressor's width ({width}) must be the decoder's "
@@ -219,13 +225,22 @@ class SoftRAGModel(PreTrainedModel):
         self.memory_embedding.copy_(words.mean(0))
         embeddings = self.decoder.get_input_embeddings().weight.float()
         self.auto_encoding_embedding.copy_(embeddings.mean(0))
+        if self.config.readout == "words":
+            # Two models of one family share their words' embeddings; others learn from nothing.
+            same = words.shape == embeddings.shape and torch.equal(words, embeddings)
+            nn.init.eye_(self.word_projection.weight) if same else nn.init.zeros_(
+                self.word_projection.weight
+            )
         if isinstance(self.connector, Connector):
             # Random documents are enough to find the size of the compressor's states.
             ids = torch.randint(0, len(words), (8, 64), device=words.device)
             ids = torch.cat([ids, ids.new_full((8, 4), self.memory_id)], dim=1)
-            states = self._memory_states(ids, torch.ones_like(ids))
+            states, _ = self._memory_states(ids, torch.ones_like(ids))
+            # Beside the words' own embeddings the rest starts small.
+            share = 0.3 if self.config.readout == "words" else 1.0
             self.connector.match_scale(
-                states.to(self.connector.up.weight.dtype), embeddings.pow(2).mean().sqrt().item()
+                states.to(self.connector.up.weight.dtype),
+                share * embeddings.pow(2).mean().sqrt().item(),
             )
 
     @classmethod
@@ -286,6 +301,8 @@ class SoftRAGModel(PreTrainedModel):
             checkpoint.check_fingerprint(model, folder)
             model.compressor.to(compressor_dtype)
             model.connector.to(compressor_dtype)
+            if config.readout == "words":
+                model.word_projection.to(compressor_dtype)
             model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
         if model.decoder is not None:
             model.decoder.to(decoder_dtype)
@@ -329,7 +346,7 @@ class SoftRAGModel(PreTrainedModel):
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
     def _is_trained(self, name: str) -> bool:
-        if name.startswith(("connector.", "memory_embedding", "auto_encoding_embedding")):
+        if name.startswith(_NEW_WEIGHTS):
             return True
         if is_lora_weight(name):
             return True
@@ -393,11 +410,18 @@ class SoftRAGModel(PreTrainedModel):
         Returns:
             `(soft tokens of all rows in order, decoder hidden)`.
         """
-        states = self._memory_states(input_ids, attention_mask)
-        return self.connector(states)
+        states, words = self._memory_states(input_ids, attention_mask)
+        soft_tokens = self.connector(states)
+        return soft_tokens if words is None else soft_tokens + self.word_projection(words)
 
-    def _memory_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return the compressor's states of all `<MEM>` tokens, `(memory, hidden)`."""
+    def _memory_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the compressor's states of all `<MEM>` tokens, `(memory, hidden)`.
+
+        Behind them, with readout `"words"`, the mean embeddings of their windows: `(memory,
+        hidden)`.
+        """
         if self.compressor is None:
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
         packed = pack(attention_mask)
@@ -412,13 +436,15 @@ class SoftRAGModel(PreTrainedModel):
         if self.config.readout == "memory":
             embeddings = embeddings.index_copy(0, at_memory, memory)
             states = self._run(self.compressor, embeddings, packed, packed.position)
-            return states[at_memory]
+            return states[at_memory], None
         at_text = (~is_memory).nonzero().squeeze(1)
         windows = _Windows.of(packed, is_memory, at_text, at_memory)
-        embeddings = embeddings.index_copy(0, at_memory, memory + windows.mean(embeddings[at_text]))
+        mean = windows.mean(embeddings[at_text])
+        embeddings = embeddings.index_copy(0, at_memory, memory + mean)
         position = packed.position.index_copy(0, at_memory, windows.end)
         states = self._run(self.compressor, embeddings, packed, position)
-        return states[at_memory] + windows.mean(states[at_text])
+        read = states[at_memory] + windows.mean(states[at_text])
+        return read, mean if self.config.readout == "words" else None
 
     def embed_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, soft_tokens: torch.Tensor
@@ -506,7 +532,7 @@ class SoftRAGModel(PreTrainedModel):
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
         learned = (targets != IGNORED).nonzero().squeeze(1)
         logits = head(states[learned])
-        loss = nn.functional.cross_entropy(logits.float(), targets[learned], reduction="sum")
+        loss = self._loss(logits, targets[learned])
         items = len(learned) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / items, logits=logits)
 
@@ -608,10 +634,17 @@ class SoftRAGModel(PreTrainedModel):
                 yield part
 
     def compile_layers(self) -> None:
-        """Compile each transformer layer for any number of tokens (CUDA training)."""
+        """Compile each transformer layer and the loss for any number of tokens (CUDA training)."""
         for part in self.language_models():
             for layer in part.base_model.layers:
                 layer.compile(dynamic=True)
+        # Uncompiled, the logits are kept three times over in float32.
+        self._loss = torch.compile(_summed_loss, dynamic=True)
+
+
+def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross entropy of `(tokens, vocabulary)` logits."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 class _Windows:

@@ -53,6 +53,7 @@ def documents(model: SoftRAGModel, texts: list[str] = TEXTS) -> tuple[torch.Tens
 VARIANTS = {
     "separate": {},
     "papers_readout": {"readout": "memory"},
+    "words_readout": {"readout": "words"},
     "first_layer": {"compressor_layers": 1},
     "compressor_lora": {"compressor_lora": LORA},
     "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
@@ -119,7 +120,9 @@ def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> Non
     torch.testing.assert_close(model.compress(*wider), together, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"readout": "memory"}, {}, {"compressor_layers": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"readout": "memory"}, {"readout": "words"}, {}, {"compressor_layers": 1}]
+)
 def test_packed_rows_equal_padded_rows(
     tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +163,23 @@ def test_the_window_readout_reaches_text_without_gradient_loss(tiny_llama: Path)
         for name, p in model.named_parameters()
         if p.requires_grad and name.startswith(("compressor", "connector", "memory"))
     )
+
+
+def test_a_words_memory_starts_near_the_mean_of_its_window_s_words(tiny_llama: Path) -> None:
+    model = build(tiny_llama, readout="words")
+    with torch.no_grad():
+        model.connector.down.weight.zero_()
+        model.connector.down.bias.zero_()
+    prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
+    row = prompt.render(list(range(20, 28)))
+
+    soft_tokens = model.compress(*collate_documents([row], 0))
+
+    words = model.decoder.get_input_embeddings()(torch.arange(20, 28))
+    bos = model.decoder.get_input_embeddings()(torch.tensor([row.input_ids[0]]))
+    # Two windows over nine tokens, bos being the first.
+    expected = torch.stack([torch.cat([bos, words[:4]]).mean(0), words[4:].mean(0)])
+    torch.testing.assert_close(soft_tokens, expected)
 
 
 def test_the_connector_starts_at_the_size_of_token_embeddings(tiny_family: Path) -> None:

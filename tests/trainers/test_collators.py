@@ -289,7 +289,7 @@ class TestPretrainingCollator:
         chunks = [list(range(start, start + 30)) for start in (0, 60, 120, 180, 240)]
         pieces = [TextPiece((chunk,)) for chunk in chunks]
 
-        tensors = pretraining(llama, continuation=0, quotation=1, quoted_among=3)(pieces)
+        tensors = pretraining(llama, continuation=0, quotation=1, among=3)(pieces)
 
         memories = [memory] * 8
         layout = [*bos, *memories, *separator, *memories, *separator, *memories, auto]
@@ -314,6 +314,36 @@ class TestPretrainingCollator:
 
         assert labels_of(tensors) == [[11]]
 
+    def test_a_cloze_asks_for_a_name_or_number_of_its_chunk_among_others(self, llama) -> None:
+        texts = [
+            "The river Seine runs through Paris, in the north of France.",
+            "Water boils at 100 degrees at sea level, and earlier on a mountain.",
+            "The penicillin was found by Alexander Fleming in the city of London.",
+        ]
+        pieces = [TextPiece((llama.encode(text, add_special_tokens=False),)) for text in texts]
+
+        tensors = pretraining(llama, continuation=0, cloze=1, among=2)(pieces)
+
+        index = tensors["document_index"].view(3, 2).tolist()
+        compressed = [llama.decode(row[1:-1]) for row in rows_of(tensors, "compressor")]
+        for text, row, learned, used in zip(
+            texts, rows_of(tensors, "decoder"), labels_of(tensors), index, strict=True
+        ):
+            prompt, answer = llama.decode(row), llama.decode(learned[:-1])
+            question = prompt.split("Question: ")[1].split("<|eot_id|>")[0]
+            before, after = question.split("____")
+            assert answer in {"Seine", "Paris", "France", "100", "Alexander Fleming", "London"}
+            assert before + answer + after in text
+            assert llama.decode(learned[-1:]) == "<|eot_id|>"
+            assert any(text in compressed[number] for number in used)
+
+    def test_a_chunk_with_nothing_to_ask_for_is_quoted(self, llama) -> None:
+        _, _, auto, _ = self.ids(llama)
+
+        tensors = pretraining(llama, continuation=0, cloze=1)([TextPiece((list(range(30)),))])
+
+        assert auto in rows_of(tensors, "decoder")[0]
+
     def test_the_tasks_get_their_shares(self, llama) -> None:
         _, _, auto, _ = self.ids(llama)
         pieces = [TextPiece(([n, n + 1],), [7]) for n in range(300)]
@@ -324,7 +354,7 @@ class TestPretrainingCollator:
         assert 60 < continued < 120
 
     def test_shares_beyond_one_are_refused(self, llama) -> None:
-        with pytest.raises(ValueError, match=r"continuation \(0\.6\) and quotation \(0\.5\)"):
+        with pytest.raises(ValueError, match=r"continuation \(0\.6\), quotation \(0\.5\)"):
             pretraining(llama, continuation=0.6, quotation=0.5)
 
     def test_a_decoder_with_another_vocabulary_learns_its_own_tokens(self, llama) -> None:

@@ -194,6 +194,8 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         f"data.validation=[{questions}]",
         "data.min_documents=1",
         "data.text_share=0.5",
+        # Two processes keep one clock; there is time enough for every step.
+        "optimizer.minutes=1000",
     ]
     launched = subprocess.run(
         [

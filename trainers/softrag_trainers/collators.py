@@ -7,6 +7,7 @@ and what the decoder reads.
 from __future__ import annotations
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -229,13 +230,24 @@ class TextPiece:
     following: list[int] = field(default_factory=list)
 
 
+_SENTENCE = re.compile(r"[^.!?\n]{20,400}[.!?]")
+# Names (runs of capitalised words) and numbers: what questions most often ask for.
+_ASKED_FOR = re.compile(
+    r"(?<=[a-z,;:(] )(?:[A-Z][\w'\u2019-]+(?: (?:of |the |de |von |and )?[A-Z][\w'\u2019-]+){0,3}"
+    r"|\d[\d,.]*\d|\d)\b"
+)
+_BLANK = "____"
+
+
 class PretrainingCollator(MemoryCollator):
-    """Texts reconstructed, continued or quoted from memories.
+    """Texts reconstructed, continued, quoted or asked about from memories.
 
     Auto-encoding and text continuation are the papers' two tasks (PISCO section 3, OSCAR section
-    3.3). Quoting is ours: some of the batch's other chunks stand around the right one, the decoder
-    is given a few words of it and learns what follows, which teaches it to find a passage among
-    several memories, as questions will ask it to.
+    3.3). Two are ours, and teach the decoder to find a passage among several memories, as questions
+    will ask it to; some of the batch's other chunks stand around the right one. Quoting: given a
+    few words, say what follows them. Cloze: in the prompt of a question, given a part of a sentence
+    with a name or number left out, say what is missing (salient spans, after REALM, arXiv
+    2002.08909, section 3.4).
 
     Args:
         config: The model's.
@@ -243,7 +255,9 @@ class PretrainingCollator(MemoryCollator):
         decoder_tokenizer: The model's.
         continuation: Share of lessons that continue the text.
         quotation: Share of lessons that quote one chunk among several.
-        quoted_among: Chunks a quotation is to be found among.
+        cloze: Share of lessons that ask for a name or number of one chunk among several; a chunk
+            without any is quoted.
+        among: Chunks that a quotation or a missing word is to be found among.
         noise: As in `MemoryCollator`, for auto-encoding and quoting.
         seed: Of every random choice.
     """
@@ -259,25 +273,27 @@ class PretrainingCollator(MemoryCollator):
         *,
         continuation: float = 0.15,
         quotation: float = 0.0,
-        quoted_among: int = 4,
+        cloze: float = 0.0,
+        among: int = 4,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(config, compressor_tokenizer, decoder_tokenizer, noise=noise, seed=seed)
-        if continuation + quotation > 1:
+        if continuation + quotation + cloze > 1:
             raise ValueError(
-                f"continuation ({continuation}) and quotation ({quotation}) add up to more than 1; "
-                "auto-encoding gets what they leave."
+                f"continuation ({continuation}), quotation ({quotation}) and cloze ({cloze}) add "
+                "up to more than 1; auto-encoding gets what they leave."
             )
         self.continuation = continuation
         self.quotation = quotation
-        self.quoted_among = quoted_among
+        self.cloze = cloze
+        self.among = among
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
         self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
 
     def __call__(self, rows: Sequence[TextPiece]) -> dict[str, torch.Tensor]:
-        """Collate rows; quotations are hidden among the batch's own chunks."""
+        """Collate rows; quotations and gaps are hidden among the batch's own chunks."""
         self._around = [chunk for row in rows for chunk in row.chunks]
         return super().__call__(rows)
 
@@ -286,20 +302,47 @@ class PretrainingCollator(MemoryCollator):
         draw = self.random.random()
         if draw < self.continuation and row.following:
             return self._lay_out(row.chunks, [], row.following, reconstruct=False)
-        if self.continuation <= draw < self.continuation + self.quotation:
-            return self._quote(row)
+        draw -= self.continuation
+        if 0 <= draw < self.quotation + self.cloze:
+            chunk = self.random.choice(row.chunks)
+            gap = self._gap(chunk) if draw >= self.quotation else None
+            return self._quote(chunk) if gap is None else self._ask(chunk, *gap)
         whole = [token for chunk in row.chunks for token in chunk]
         return self._lay_out(row.chunks, [], whole, reconstruct=True)
 
-    def _quote(self, row: TextPiece) -> Lesson:
-        chunk = self.random.choice(row.chunks)
+    def _hide(self, chunk: list[int]) -> list[list[int]]:
+        """Return a chunk among others of the batch, at a random place."""
         others = [other for other in self._around if other is not chunk]
-        chunks = self.random.sample(others, min(self.quoted_among - 1, len(others)))
+        chunks = self.random.sample(others, min(self.among - 1, len(others)))
         chunks.insert(self.random.randint(0, len(chunks)), chunk)
+        return chunks
+
+    def _quote(self, chunk: list[int]) -> Lesson:
         start = self.random.randint(0, max(0, len(chunk) - 2 * self.cue_tokens))
         quoted = chunk[start : start + self.cue_tokens + self.quotation_tokens]
         cue = min(self.cue_tokens, len(quoted) // 2)
-        return self._lay_out(chunks, quoted[:cue], quoted[cue:], reconstruct=True)
+        return self._lay_out(self._hide(chunk), quoted[:cue], quoted[cue:], reconstruct=True)
+
+    def _gap(self, chunk: list[int]) -> tuple[str, str] | None:
+        """Return a part of a sentence with a gap, and what fills it; None: nothing to leave out."""
+        text = str(self.document_prompt.tokenizer.decode(chunk))
+        found = [
+            (sentence.group().strip(), match)
+            for sentence in _SENTENCE.finditer(text)
+            for match in _ASKED_FOR.finditer(sentence.group().strip())
+        ]
+        if not found:
+            return None
+        sentence, match = self.random.choice(found)
+        # A part of the sentence: the fewer words it shares, the more it must be understood.
+        before = sentence[: match.start()].split(" ")[-self.random.randint(4, 17) :]
+        after = sentence[match.end() :].split(" ")[: self.random.randint(2, 12)]
+        return " ".join(before) + _BLANK + " ".join(after), match.group()
+
+    def _ask(self, chunk: list[int], question: str, answer: str) -> Lesson:
+        documents = [self.document_prompt.render(each) for each in self._hide(chunk)]
+        lengths = [document.n_memory for document in documents]
+        return Lesson(documents, self.rag_prompt.render(question, lengths, answer))
 
     def _lay_out(
         self, chunks: Sequence[list[int]], cue: list[int], learned: list[int], *, reconstruct: bool

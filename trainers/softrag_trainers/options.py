@@ -24,7 +24,7 @@ class Architecture:
         rate: Document tokens per soft token.
         memory_tokens: A fixed number of soft tokens; null: by the rate.
         max_document_tokens: Longest document of one memory.
-        readout: "memory" or "window".
+        readout: "memory", "window" or "words".
         connector_hidden: Width of the connector; null: no connector.
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
@@ -62,7 +62,6 @@ class Optimizer:
         epochs: Passes over the data.
         steps: Optimizer steps instead of epochs; null: by epochs.
         minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never.
-            For one process.
     """
 
     compressor_lr: float = 2e-4
@@ -124,6 +123,7 @@ class PretrainingData:
         chunks: Most consecutive chunks of one lesson (multi-chunk auto-encoding).
         continuation: Share of lessons that continue the text.
         quotation: Share of lessons that quote one chunk among several.
+        cloze: Share of lessons that ask for a name or number missing in a sentence.
         noise: Share of the decoder's own input tokens replaced while it reconstructs.
     """
 
@@ -135,6 +135,7 @@ class PretrainingData:
     chunks: int = 1
     continuation: float = 0.5
     quotation: float = 0.0
+    cloze: float = 0.0
     noise: float = 0.0
 
 

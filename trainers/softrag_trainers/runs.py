@@ -56,6 +56,7 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
         model.decoder_tokenizer,
         continuation=data.continuation,
         quotation=data.quotation,
+        cloze=data.cloze,
         noise=data.noise,
         seed=run.seed,
     )

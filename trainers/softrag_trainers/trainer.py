@@ -6,13 +6,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -104,11 +105,6 @@ class SoftRAGTrainer(Trainer):
             # A batch may hold no placeholder or no <AE>; its parameters then have no gradient.
             ddp_find_unused_parameters=True,
         )
-        if options.minutes is not None and arguments.world_size > 1:
-            raise ValueError(
-                "optimizer.minutes is for one process: several would stop at different steps. "
-                "Set optimizer.steps or optimizer.epochs instead."
-            )
         if run.gradient_checkpointing:
             _checkpoint_activations(model)
         super().__init__(
@@ -206,7 +202,8 @@ class SoftRAGTrainer(Trainer):
         labels = 0
         scores: Scores = {}
         # Trainer's own context for losses does nothing: accelerate wraps `forward`, and only that.
-        with self.accelerator.autocast():
+        # Uncompiled: generation would compile anew for every length of its cache.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             for batch in self._eval_batches(eval_dataset):
                 labels += int((batch["labels"] != IGNORED).sum())
                 for kind, loss in _three_losses(model, batch):
@@ -303,20 +300,33 @@ class _TimeBudget(TrainerCallback):
     def __init__(self, minutes: float | None) -> None:
         self.seconds = None if minutes is None else minutes * 60
         self.started: float | None = None
+        self._spent = 0.0
 
     def share_spent(self) -> float:
-        if self.seconds is None or self.started is None:
-            return 0.0
-        return min(1.0, (time.monotonic() - self.started) / self.seconds)
+        """Return how much of the time had gone when the last step ended, 0 to 1."""
+        return self._spent
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if self.seconds is None:
+            return
         # From the end of the first step: compilation is no training.
         if self.started is None:
             self.started = time.monotonic()
-        if self.share_spent() >= 1.0:
+        spent = [min(1.0, (time.monotonic() - self.started) / self.seconds)]
+        if args.world_size > 1:
+            # One clock for all: they must stop, and lower their rates, at the same step.
+            distributed.broadcast_object_list(spent, group=self._on_the_host)
+        self._spent = spent[0]
+        if self._spent >= 1.0:
             control.should_training_stop = True
+
+    @cached_property
+    def _on_the_host(self) -> distributed.ProcessGroup:
+        # Through the GPU, every step would wait for the one before it.
+        group: Any = distributed.new_group(backend="gloo")
+        return group
 
 
 class _LossWatch(TrainerCallback):
