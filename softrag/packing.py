@@ -166,7 +166,7 @@ def _fused_attention() -> Fused | None:
         return None
     # The signature is young: causality was a flag before it was a window (0, in torch 2.10), and
     # grouped heads got a flag in 2.13.
-    known = inspect.signature(varlen_attn).parameters
+    known = frozenset(inspect.signature(varlen_attn).parameters)
 
     def varlen(
         q: torch.Tensor,
