@@ -223,7 +223,7 @@ def load_weights(model: SoftRAGModel, folder: Path) -> None:
         for part, prefixes in (
             (
                 model.compressor,
-                ("compressor.", "connector.", "word_projection.", "memory_embedding"),
+                ("compressor.", "connector.", "word_projection.", "memory_embedding", "rerank_"),
             ),
             (model.decoder, ("decoder.", "auto_encoding_embedding")),
         )
@@ -299,7 +299,7 @@ def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = N
     digest.update(_tokenizer_signature(model.compressor_tokenizer))
     trained = model.trained_state() if trained is None else trained
     for name in sorted(trained):
-        if not name.startswith(("decoder.", "auto_encoding_embedding")):
+        if not name.startswith(("decoder.", "auto_encoding_embedding", "rerank_")):
             digest.update(name.encode())
             digest.update(_bytes(trained[name]))
     for name, parameter in sorted(model.compressor.named_parameters()):

@@ -54,6 +54,11 @@ class Compressor:
         """Whether every memory is made for one question."""
         return bool(self.model.config.query_dependent)
 
+    @property
+    def reranks(self) -> bool:
+        """Whether memories come with their document's relevance to the question."""
+        return bool(self.model.config.rerank)
+
     def key(self, document: str, question: str | None = None) -> str:
         """Return the content address of the memory that `compress` makes of a document."""
         return memory_key(self.fingerprint, document, question)
@@ -85,7 +90,9 @@ class Compressor:
         }
         memories: dict[str, Memory] = {}
         for batch in self._batches(rows):
-            for place, values in zip(batch, self._run([rows[i] for i in batch]), strict=True):
+            for place, (values, relevance) in zip(
+                batch, self._run([rows[i] for i in batch]), strict=True
+            ):
                 if not torch.isfinite(values).all():
                     raise NonFiniteMemoryError(
                         f"The compressor made NaN or infinity of {_name(documents[place], place)}. "
@@ -97,6 +104,7 @@ class Compressor:
                     key=keys[place],
                     fingerprint=self.fingerprint,
                     n_document_tokens=rows[place].n_document_tokens,
+                    relevance=relevance,
                 )
         return [memories[key] for key in keys]
 
@@ -150,18 +158,20 @@ class Compressor:
         if batch:
             yield batch
 
-    def _run(self, rows: list[DocumentRow]) -> list[torch.Tensor]:
-        """Return one `(memory, hidden)` bfloat16 tensor on the CPU per row."""
+    def _run(self, rows: list[DocumentRow]) -> list[tuple[torch.Tensor, float | None]]:
+        """Return a `(memory, hidden)` bfloat16 tensor on the CPU and the relevance of each row."""
         # What padding holds is masked; some tokenizers have no token for it.
         batch = collate_documents(rows, self.prompt.tokenizer.pad_token_id or 0)
         device = self.model.device
         with self._lock, torch.no_grad():
-            soft_tokens = self.model.compress(
+            soft_tokens, scores = self.model.compress_and_score(
                 batch.input_ids.to(device), batch.attention_mask.to(device)
             )
         # One copy for the batch; then a clone each, so that keeping one keeps no other.
         values = soft_tokens.to("cpu", torch.bfloat16)  # (soft tokens of the batch, decoder_hidden)
-        return [part.clone() for part in values.split([row.n_memory for row in rows])]
+        parts = [part.clone() for part in values.split([row.n_memory for row in rows])]
+        relevance = [None] * len(rows) if scores is None else scores.sigmoid().tolist()
+        return list(zip(parts, relevance, strict=True))
 
 
 def _name(document: str, place: int) -> str:

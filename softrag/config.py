@@ -40,6 +40,8 @@ class SoftRAGConfig(PreTrainedConfig):
             `ceil(tokens / rate)`.
         max_document_tokens: The longest document one memory holds, in compressor tokens.
         query_dependent: The compressor reads the question with the document (OSCAR).
+        rerank: A query-dependent compressor also scores the document for the question, from the
+            last state of an `<RR>` token behind the `<MEM>` tokens (OSCAR, section 3).
         readout: `"memory"`: a soft token is the last state of its `<MEM>` token (both papers).
             `"window"`: each `<MEM>` token owns an equal window of the document; it stands at the
             window's end, starts from the mean of the window's embeddings, and is read out together
@@ -68,6 +70,7 @@ class SoftRAGConfig(PreTrainedConfig):
     memory_tokens: int | None = None
     max_document_tokens: int = 256
     query_dependent: bool = False
+    rerank: bool = False
     readout: str = "window"
     connector_hidden: int | None = 2048
     decoder_lora: dict[str, Any] | None = None
@@ -88,6 +91,10 @@ class SoftRAGConfig(PreTrainedConfig):
             raise ValueError(f"memory_tokens is {self.memory_tokens}; use None or at least 1.")
         if self.max_document_tokens < 1:
             raise ValueError(f"max_document_tokens is {self.max_document_tokens}; use at least 1.")
+        if self.rerank and not self.query_dependent:
+            raise ValueError(
+                "rerank scores a document for a question: it needs query_dependent as well."
+            )
         if self.readout not in READOUTS:
             raise ValueError(f"readout is {self.readout!r}; expected one of {READOUTS}.")
 

@@ -17,12 +17,15 @@ class Memory:
         key: Content address, see `memory_key`.
         fingerprint: Of everything that decided the values (`SoftRAGModel.fingerprint`).
         n_document_tokens: How many compressor tokens the document had.
+        relevance: How relevant the document is to the question, from 0 to 1, by a query-dependent
+            model with a rerank head; None by others, and when read from a store.
     """
 
     values: torch.Tensor
     key: str
     fingerprint: str
     n_document_tokens: int
+    relevance: float | None = None
 
     def __len__(self) -> int:
         """Return the number of soft tokens."""

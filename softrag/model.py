@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,15 +33,48 @@ from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import PlaceholderMismatchError
 from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed
-from softrag.prompt import AUTO_ENCODING_TOKEN, MEMORY_TOKEN, add_special_tokens, token_id
+from softrag.prompt import (
+    AUTO_ENCODING_TOKEN,
+    MEMORY_TOKEN,
+    RERANK_TOKEN,
+    add_rerank_token,
+    add_special_tokens,
+    token_id,
+)
 
 logger = logging.getLogger(__name__)
 
 # Parameters that no base model has.
-_NEW_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "auto_encoding_embedding")
+_NEW_WEIGHTS = (
+    "connector.",
+    "word_projection.",
+    "memory_embedding",
+    "auto_encoding_embedding",
+    "rerank_",
+)
 
 # A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
 LanguageModel = Any
+
+
+class Compressed(NamedTuple):
+    """What the compressor makes of documents.
+
+    Attributes:
+        soft_tokens: `(soft tokens of all documents in order, decoder hidden)`.
+        scores: `(documents,)` float32 logits of being relevant to the question; None from models
+            without a rerank head.
+    """
+
+    soft_tokens: torch.Tensor
+    scores: torch.Tensor | None
+
+
+@dataclass
+class SoftRAGOutput(CausalLMOutput):
+    """A causal language model's output, with the `scores` of `Compressed`."""
+
+    scores: torch.Tensor | None = None
 
 
 class Connector(nn.Module):
@@ -130,6 +164,8 @@ class SoftRAGModel(PreTrainedModel):
                     f"Without a connector the compressor's width ({width}) must be the decoder's "
                     f"({decoder_width}); set connector_hidden."
                 )
+            if config.rerank:
+                self._build_rerank_head()
         if self.decoder is not None:
             self._prepare_backbone(self.decoder)
             self.auto_encoding_embedding = nn.Parameter(torch.zeros(decoder_width))
@@ -138,6 +174,14 @@ class SoftRAGModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights alone: the base models and peft initialise their own."""
+
+    def _build_rerank_head(self) -> None:
+        assert self.compressor is not None
+        width, device = self.compressor.config.hidden_size, self.memory_embedding.device
+        self.rerank_embedding = nn.Parameter(torch.zeros(width, device=device))
+        self.rerank_head = nn.Linear(width, 1, device=device)
+        nn.init.zeros_(self.rerank_head.weight)
+        nn.init.zeros_(self.rerank_head.bias)
 
     def _prepare_backbone(self, model: LanguageModel) -> None:
         backbone = model.base_model
@@ -209,6 +253,8 @@ class SoftRAGModel(PreTrainedModel):
             torch.manual_seed(seed)
             model = cls(config, decoder, compressor)
             model.compressor_tokenizer = _load_tokenizer(compressor_path)
+            if config.rerank:
+                add_rerank_token(model.compressor_tokenizer)
             model.decoder_tokenizer = _load_tokenizer(decoder_path)
             model._initialise_new_weights()
         for parameter in model.parameters():
@@ -223,6 +269,8 @@ class SoftRAGModel(PreTrainedModel):
         # The mean embedding is in-distribution for every base model; zeros are not.
         words = self.compressor.get_input_embeddings().weight.float()
         self.memory_embedding.copy_(words.mean(0))
+        if self.config.rerank:
+            self.rerank_embedding.copy_(words.mean(0))
         embeddings = self.decoder.get_input_embeddings().weight.float()
         self.auto_encoding_embedding.copy_(embeddings.mean(0))
         if self.config.readout == "words":
@@ -235,13 +283,29 @@ class SoftRAGModel(PreTrainedModel):
             # Random documents are enough to find the size of the compressor's states.
             ids = torch.randint(0, len(words), (8, 64), device=words.device)
             ids = torch.cat([ids, ids.new_full((8, 4), self.memory_id)], dim=1)
-            states, _ = self._memory_states(ids, torch.ones_like(ids))
+            read = self._read_documents(ids, torch.ones_like(ids))
             # Beside the words' own embeddings the rest starts small.
             share = 0.3 if self.config.readout == "words" else 1.0
             self.connector.match_scale(
-                states.to(self.connector.up.weight.dtype),
+                read.memory.to(self.connector.up.weight.dtype),
                 share * embeddings.pow(2).mean().sqrt().item(),
             )
+
+    @torch.no_grad()
+    def add_rerank_head(self) -> None:
+        """Give a query-dependent model a rerank head to train, if it has none yet."""
+        if self.config.rerank:
+            return
+        assert self.compressor is not None
+        assert self.compressor_tokenizer is not None
+        if not self.config.query_dependent:
+            raise ValueError("A rerank head scores documents for a question: set query_dependent.")
+        self.config.rerank = True
+        self._build_rerank_head()
+        words = self.compressor.get_input_embeddings().weight.float()
+        self.rerank_embedding.copy_(words.mean(0))
+        add_rerank_token(self.compressor_tokenizer)
+        self.forget_fingerprint()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -303,6 +367,7 @@ class SoftRAGModel(PreTrainedModel):
             model.connector.to(compressor_dtype)
             if config.readout == "words":
                 model.word_projection.to(compressor_dtype)
+            # A rerank head stays in float32, to tell like documents apart.
             model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
         if model.decoder is not None:
             model.decoder.to(decoder_dtype)
@@ -395,6 +460,11 @@ class SoftRAGModel(PreTrainedModel):
         return _token_id(self.decoder_tokenizer, MEMORY_TOKEN)
 
     @property
+    def rerank_id(self) -> int:
+        """Token id of `<RR>` in the compressor's inputs."""
+        return _token_id(self.compressor_tokenizer, RERANK_TOKEN)
+
+    @property
     def auto_encoding_id(self) -> int:
         """Token id of `<AE>` in the decoder's inputs."""
         return _token_id(self.decoder_tokenizer, AUTO_ENCODING_TOKEN)
@@ -410,41 +480,63 @@ class SoftRAGModel(PreTrainedModel):
         Returns:
             `(soft tokens of all rows in order, decoder hidden)`.
         """
-        states, words = self._memory_states(input_ids, attention_mask)
-        soft_tokens = self.connector(states)
-        return soft_tokens if words is None else soft_tokens + self.word_projection(words)
+        return self.compress_and_score(input_ids, attention_mask).soft_tokens
 
-    def _memory_states(
+    def compress_and_score(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the compressor's states of all `<MEM>` tokens, `(memory, hidden)`.
+    ) -> Compressed:
+        """Turn documents into soft tokens, and score them with the rerank head if there is one.
 
-        Behind them, with readout `"words"`, the mean embeddings of their windows: `(memory,
-        hidden)`.
+        Args:
+            input_ids: As in `compress`; for a model with a rerank head, with one `<RR>` per row.
+            attention_mask: As in `compress`.
         """
+        read = self._read_documents(input_ids, attention_mask)
+        soft_tokens = self.connector(read.memory)
+        if read.words is not None:
+            soft_tokens = soft_tokens + self.word_projection(read.words)
+        scores = None
+        if read.rerank is not None:
+            # Not a matrix product: autocast would round it.
+            weight = self.rerank_head.weight[0].float()
+            scores = (read.rerank.float() * weight).sum(-1) + self.rerank_head.bias.float()
+        return Compressed(soft_tokens, scores)
+
+    def _read_documents(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Read:
+        """Run the compressor over `(documents, tokens)`."""
         if self.compressor is None:
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
         packed = pack(attention_mask)
         ids = input_ids.flatten()[packed.slot]
         is_memory = ids == self.memory_id
+        is_text = ~is_memory
+        at_rerank = None
+        if self.config.rerank:
+            is_rerank = ids == self.rerank_id
+            is_text &= ~is_rerank
+            at_rerank = is_rerank.nonzero().squeeze(1)
         words = self.compressor.get_input_embeddings()
         # Ids of added tokens lie behind the base vocabulary; any word will do in their place.
-        embeddings = words(torch.where(is_memory, 0, ids))
+        embeddings = words(torch.where(is_text, ids, 0))
         embeddings = embeddings.to(self._compute_dtype(embeddings))
+        if at_rerank is not None:
+            rerank = self.rerank_embedding.to(embeddings.dtype).expand(len(at_rerank), -1)
+            embeddings = embeddings.index_copy(0, at_rerank, rerank)
         at_memory = is_memory.nonzero().squeeze(1)
         memory = self.memory_embedding.to(embeddings.dtype).expand(len(at_memory), -1)
         if self.config.readout == "memory":
             embeddings = embeddings.index_copy(0, at_memory, memory)
             states = self._run(self.compressor, embeddings, packed, packed.position)
-            return states[at_memory], None
-        at_text = (~is_memory).nonzero().squeeze(1)
+            return _Read(states[at_memory], None, _at(states, at_rerank))
+        at_text = is_text.nonzero().squeeze(1)
         windows = _Windows.of(packed, is_memory, at_text, at_memory)
         mean = windows.mean(embeddings[at_text])
         embeddings = embeddings.index_copy(0, at_memory, memory + mean)
         position = packed.position.index_copy(0, at_memory, windows.end)
         states = self._run(self.compressor, embeddings, packed, position)
-        read = states[at_memory] + windows.mean(states[at_text])
-        return read, mean if self.config.readout == "words" else None
+        memory = states[at_memory] + windows.mean(states[at_text])
+        words_read = mean if self.config.readout == "words" else None
+        return _Read(memory, words_read, _at(states, at_rerank))
 
     def embed_prompt(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, soft_tokens: torch.Tensor
@@ -491,7 +583,7 @@ class SoftRAGModel(PreTrainedModel):
         document_index: torch.Tensor | None = None,
         soft_tokens: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> CausalLMOutput:
+    ) -> SoftRAGOutput:
         """Compress the documents and read the prompts.
 
         Args:
@@ -510,11 +602,13 @@ class SoftRAGModel(PreTrainedModel):
             With labels: their mean loss, and logits of the labelled positions only,
             `(labels, vocabulary)`: the others would cost most of the memory and serve nothing.
             Without: logits `(batch, tokens, vocabulary)`.
+            `scores` of the compressed documents, from a model with a rerank head.
         """
         if self.decoder is None:
             raise ValueError("The decoder was not loaded; use load_decoder=True.")
+        scores = None
         if soft_tokens is None:
-            soft_tokens = self.line_up_soft_tokens(
+            soft_tokens, scores = self._compress_and_line_up(
                 compressor_input_ids, compressor_attention_mask, document_index
             )
         embeddings = self.embed_prompt(decoder_input_ids, decoder_attention_mask, soft_tokens)
@@ -526,7 +620,8 @@ class SoftRAGModel(PreTrainedModel):
         if labels is None:
             padded = states.new_zeros((decoder_input_ids.numel(), states.shape[-1]))
             padded = padded.index_copy(0, packed.slot, states)
-            return CausalLMOutput(logits=head(padded).view(*decoder_input_ids.shape, -1))
+            logits = head(padded).view(*decoder_input_ids.shape, -1)
+            return SoftRAGOutput(logits=logits, scores=scores)
         # A state predicts the next token of its row; the last one of a row predicts nothing.
         targets = labels.flatten()[packed.slot].roll(-1)
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
@@ -534,7 +629,7 @@ class SoftRAGModel(PreTrainedModel):
         logits = head(states[learned])
         loss = self._loss(logits, targets[learned])
         items = len(learned) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=loss / items, logits=logits)
+        return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores)
 
     @torch.no_grad()
     def generate(
@@ -606,13 +701,23 @@ class SoftRAGModel(PreTrainedModel):
         Returns:
             `(memory, decoder hidden)`, one row per placeholder.
         """
+        return self._compress_and_line_up(input_ids, attention_mask, document_index).soft_tokens
+
+    def _compress_and_line_up(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        document_index: torch.Tensor | None,
+    ) -> Compressed:
         if input_ids is None or attention_mask is None:
-            return self.auto_encoding_embedding.new_zeros((0, self._decoder_width))
-        soft_tokens = self.compress(input_ids, attention_mask)
+            nothing = self.auto_encoding_embedding.new_zeros((0, self._decoder_width))
+            return Compressed(nothing, None)
+        compressed = self.compress_and_score(input_ids, attention_mask)
         if document_index is None:
-            return soft_tokens
+            return compressed
         counts = ((input_ids == self.memory_id) & attention_mask.bool()).sum(dim=1)
-        return soft_tokens[_expand_spans(counts, document_index)]
+        used = compressed.soft_tokens[_expand_spans(counts, document_index)]
+        return Compressed(used, compressed.scores)
 
     def _compute_dtype(self, embeddings: torch.Tensor) -> torch.dtype:
         """Autocast rounds matrix products only; start the residual stream in its dtype."""
@@ -647,6 +752,20 @@ def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+class _Read(NamedTuple):
+    """What the compressor's states say of documents; all tensors are `(n, hidden)`.
+
+    Attributes:
+        memory: States of all `<MEM>` tokens.
+        words: With readout `"words"`, the mean embeddings of their windows; else None.
+        rerank: States of all `<RR>` tokens; None from models without a rerank head.
+    """
+
+    memory: torch.Tensor
+    words: torch.Tensor | None
+    rerank: torch.Tensor | None
+
+
 class _Windows:
     """Which memory token each text token belongs to: equal windows of its row."""
 
@@ -663,8 +782,8 @@ class _Windows:
         zeros = torch.zeros(rows, dtype=torch.long, device=is_memory.device)
         per_row = zeros.index_add(0, packed.row, is_memory.long())
         first = per_row.cumsum(0) - per_row
-        text_per_row = packed.lengths - per_row
         row = packed.row[at_text]
+        text_per_row = zeros.index_add(0, row, torch.ones_like(row))
         # Rank among the row's text tokens; the memory tokens may stand anywhere.
         rank = (
             torch.arange(len(at_text), device=row.device)
@@ -696,6 +815,10 @@ def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
     starts = first[use].repeat_interleave(lengths)
     before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     return starts + torch.arange(len(starts), device=counts.device) - before
+
+
+def _at(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor | None:
+    return None if index is None else states[index]
 
 
 def _share_backbone(decoder: LanguageModel) -> LanguageModel:

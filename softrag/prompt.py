@@ -21,6 +21,7 @@ from softrag.text import memory_length
 
 MEMORY_TOKEN = "<MEM>"
 AUTO_ENCODING_TOKEN = "<AE>"
+RERANK_TOKEN = "<RR>"
 
 # Stand-ins for the parts of a chat that are tokenized apart. Private-use characters: no template
 # or text has a reason to hold them.
@@ -31,7 +32,8 @@ class DocumentRow(NamedTuple):
     """What the compressor reads for one document.
 
     Attributes:
-        input_ids: Prompt and document, then one `<MEM>` per soft token.
+        input_ids: Prompt and document, then one `<MEM>` per soft token, and an `<RR>` for models
+            that rerank.
         n_memory: Number of `<MEM>` in it.
         n_document_tokens: Document tokens that are read.
         truncated: Whether the document was longer than that.
@@ -60,6 +62,11 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens([MEMORY_TOKEN, AUTO_ENCODING_TOKEN], special_tokens=True)
 
 
+def add_rerank_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add `<RR>`, for the compressor of a model that reranks."""
+    tokenizer.add_tokens([RERANK_TOKEN], special_tokens=True)
+
+
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of one token."""
     return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
@@ -75,7 +82,7 @@ class DocumentPrompt:
     """What the compressor reads: a document (PISCO), or a question and a document (OSCAR).
 
     Attributes:
-        tokenizer: The compressor's, with `<MEM>` added.
+        tokenizer: The compressor's, with `<MEM>` (and `<RR>`) added.
         config: Gives the texts, the rate and the length limit.
     """
 
@@ -134,6 +141,7 @@ class DocumentPrompt:
             *kept,
             *self._fill(after, question),
             *[memory_id] * n_memory,
+            *([token_id(self.tokenizer, RERANK_TOKEN)] if self.config.rerank else []),
         ]
         return DocumentRow(row, n_memory, len(kept), len(kept) < len(ids))
 
@@ -276,7 +284,10 @@ class RagPrompt:
 
 
 def prompt_signature(config: SoftRAGConfig) -> str:
-    """Return the document prompt's settings in one canonical string, for the fingerprint."""
+    """Return the document prompt's settings in one canonical string, for the fingerprint.
+
+    Not `rerank`: what stands behind the `<MEM>` tokens decides no memory.
+    """
     settings = {
         "document_prompt": config.document_prompt,
         "rate": config.rate,

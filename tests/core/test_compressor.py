@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from softrag.batch import collate_documents
 from softrag.compressor import Compressor
 from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
 from softrag.memory import memory_key
@@ -49,13 +50,13 @@ def test_a_memory_does_not_depend_on_its_neighbours(model):
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100])
 def test_batches_stay_below_their_padded_size(model, batch_tokens, monkeypatch):
     seen = []
-    compress = model.compress
+    compress = model.compress_and_score
 
     def watch(input_ids, attention_mask):
         seen.append(tuple(input_ids.shape))
         return compress(input_ids, attention_mask)
 
-    monkeypatch.setattr(model, "compress", watch)
+    monkeypatch.setattr(model, "compress_and_score", watch)
 
     memories = Compressor(model, batch_tokens).compress(SENTENCES)
 
@@ -67,9 +68,11 @@ def test_batches_stay_below_their_padded_size(model, batch_tokens, monkeypatch):
 
 def test_equal_documents_are_compressed_once(model, monkeypatch):
     rows = []
-    compress = model.compress
+    compress = model.compress_and_score
     monkeypatch.setattr(
-        model, "compress", lambda ids, mask: (rows.append(len(ids)), compress(ids, mask))[1]
+        model,
+        "compress_and_score",
+        lambda ids, mask: (rows.append(len(ids)), compress(ids, mask))[1],
     )
 
     first, other, again = Compressor(model).compress(["One.", "Two.", "One."])
@@ -112,14 +115,14 @@ def test_what_is_not_finite_is_never_returned():
 
 
 def test_a_single_spoiled_document_is_named(model, monkeypatch):
-    compress = model.compress
+    compress = model.compress_and_score
 
     def spoil(input_ids, attention_mask):
-        soft_tokens = compress(input_ids, attention_mask).clone()
-        soft_tokens[-1, 3] = float("inf")  # the shortest document comes last
-        return soft_tokens
+        made = compress(input_ids, attention_mask)
+        made.soft_tokens[-1, 3] = float("inf")  # the shortest document comes last
+        return made
 
-    monkeypatch.setattr(model, "compress", spoil)
+    monkeypatch.setattr(model, "compress_and_score", spoil)
 
     with pytest.raises(NonFiniteMemoryError, match="document 1 "):
         Compressor(model).compress([SENTENCES[0], "Paris.", SENTENCES[1]])
@@ -136,6 +139,23 @@ def test_query_dependent_memories_need_a_question_each_and_depend_on_it():
         compressor.compress(["Paris."])
     with pytest.raises(ValueError, match="Found 1 questions for 2 documents"):
         compressor.compress(["Paris.", "Rome."], ["Where?"])
+
+
+def test_a_rerank_head_tells_how_relevant_each_document_is():
+    compressor = Compressor(build_model(query_dependent=True, rerank=True))
+    texts, questions = ["Paris.", SENTENCES[2], "Paris."], ["Where?", "Where?", "Who?"]
+
+    memories = compressor.compress(texts, questions)
+
+    relevances = [memory.relevance for memory in memories]
+    assert len(set(relevances)) == 3
+    assert all(0 < relevance < 1 for relevance in relevances)
+    row = compressor.prompt.render("Paris.", "Where?")
+    with torch.no_grad():
+        scores = compressor.model.compress_and_score(*collate_documents([row], 0)).scores
+    assert relevances[0] == pytest.approx(scores.sigmoid().item(), rel=1e-4)
+    plain = Compressor(build_model(query_dependent=True)).compress(texts, questions)
+    assert [memory.relevance for memory in plain] == [None] * 3
 
 
 def test_questions_are_refused_where_they_would_be_ignored(model):

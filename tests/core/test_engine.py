@@ -22,6 +22,7 @@ from softrag.errors import (
     NonFiniteMemoryError,
     StoreError,
 )
+from softrag.model import Compressed
 from softrag.store import MemoryStore
 from tests.checkpoints import build_checkpoint, build_model
 from tests.embedders import HashingEmbedder
@@ -431,11 +432,11 @@ def test_chunk_tokens_are_bounded_by_the_compressor():
 
 def test_what_is_not_finite_is_never_stored(empty_engine, monkeypatch):
     empty_engine.add(DOCUMENTS[:2])
-    compress = empty_engine.compressor.model.compress
+    compress = empty_engine.compressor.model.compress_and_score
     monkeypatch.setattr(
         empty_engine.compressor.model,
-        "compress",
-        lambda ids, mask: compress(ids, mask) * float("nan"),
+        "compress_and_score",
+        lambda ids, mask: Compressed(compress(ids, mask).soft_tokens * float("nan"), None),
     )
 
     with pytest.raises(NonFiniteMemoryError, match="Note 2"):

@@ -58,6 +58,8 @@ VARIANTS = {
     "compressor_lora": {"compressor_lora": LORA},
     "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
     "query_dependent": {"query_dependent": True},
+    "reranking": {"query_dependent": True, "rerank": True},
+    "reranking_papers_readout": {"query_dependent": True, "rerank": True, "readout": "memory"},
 }
 
 
@@ -67,13 +69,65 @@ def test_every_kind_of_compressor_saves_loads_and_compresses_the_same(
 ) -> None:
     model = build(tiny_llama, **VARIANTS[variant])
     shake(model)
-    expected = model.compress(*documents(model))
+    expected = model.compress_and_score(*documents(model))
 
     model.save_pretrained(tmp_path)
     loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
 
     assert loaded.fingerprint == model.fingerprint
-    torch.testing.assert_close(loaded.compress(*documents(loaded)), expected, rtol=0, atol=0)
+    found = loaded.compress_and_score(*documents(loaded))
+    torch.testing.assert_close(found.soft_tokens, expected.soft_tokens, rtol=0, atol=0)
+    assert (found.scores is None) == (not model.config.rerank)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)
+
+
+def test_a_rerank_head_scores_each_document_and_changes_no_memory(tiny_family: Path) -> None:
+    plain, reranking = (
+        build(tiny_family, query_dependent=True, rerank=rerank) for rerank in (False, True)
+    )
+    shake(plain)
+    shake(reranking)
+    reranking.load_state_dict(plain.state_dict(), strict=False)
+    question = "What boils?"
+    rows = [
+        DocumentPrompt.from_config(reranking.config, reranking.compressor_tokenizer).render(
+            text, question
+        )
+        for text in TEXTS
+    ]
+
+    together = reranking.compress_and_score(*collate_documents(rows, 0))
+
+    assert together.scores.shape == (2,)
+    alone = [reranking.compress_and_score(*collate_documents([row], 0)).scores for row in rows]
+    torch.testing.assert_close(together.scores, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert together.scores.diff().abs().item() > 1e-3
+    without = [row._replace(input_ids=row.input_ids[:-1]) for row in rows]
+    expected = plain.compress(*collate_documents(without, 0))
+    torch.testing.assert_close(together.soft_tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_added_to_a_trained_model_starts_undecided_and_is_saved(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = build(tiny_llama)
+    shake(model)
+    with pytest.raises(ValueError, match="set query_dependent"):
+        model.add_rerank_head()
+    model.config.query_dependent = True
+
+    model.add_rerank_head()
+    model.add_rerank_head()
+    model.save_pretrained(tmp_path)
+
+    loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.compress_and_score(*documents(loaded)).scores.tolist() == [0.0, 0.0]
+    assert set(loaded.trained_state()) >= {"rerank_embedding", "rerank_head.weight"}
+
+
+def test_reranking_without_a_question_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs query_dependent"):
+        SoftRAGConfig(rerank=True)
 
 
 def test_all_families_compress_and_answer(tiny_family: Path) -> None:

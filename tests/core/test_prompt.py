@@ -13,6 +13,7 @@ from softrag.handles import make_handle
 from softrag.prompt import (
     DocumentPrompt,
     RagPrompt,
+    add_rerank_token,
     add_special_tokens,
     encode_text,
     prompt_signature,
@@ -196,6 +197,20 @@ class TestDocumentPrompt:
             (tokenizer.bos_token or "") + "Question: What boils?\n\nWater boils." + "<MEM>" * 3
         )
         assert row.n_document_tokens == len(prompt.tokenize("Water boils."))
+
+    def test_a_model_that_reranks_reads_one_more_token_at_the_end(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        plain = document_prompt(tokenizer, query_dependent=True).render(TEXT, "Who? <RR>")
+        before = tokenizer.get_vocab()
+        add_rerank_token(tokenizer)
+        prompt = document_prompt(tokenizer, query_dependent=True, rerank=True)
+
+        row = prompt.render(TEXT, "Who? <RR>")
+
+        assert row.input_ids == [*plain.input_ids, len(before)]
+        assert tokenizer.decode(row.input_ids).endswith("<MEM><RR>")
+        assert row[1:] == plain[1:]
 
     @pytest.mark.parametrize("limit", [1, 4, 5, 8])
     @pytest.mark.parametrize("query_dependent", [False, True])

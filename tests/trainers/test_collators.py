@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
-from softrag.prompt import DocumentPrompt, PromptRow, RagPrompt, add_special_tokens, token_id
+from softrag.prompt import (
+    DocumentPrompt,
+    PromptRow,
+    RagPrompt,
+    add_rerank_token,
+    add_special_tokens,
+    token_id,
+)
 from softrag_trainers.collators import (
     FineTuningCollator,
     Lesson,
@@ -203,6 +211,33 @@ class TestFineTuningCollator:
         assert sorted(rows_of(tensors, "compressor")) == sorted(
             documents.render(text, ROW.question).input_ids for text in ROW.documents
         )
+
+    @pytest.mark.parametrize(
+        ("said", "expected"),
+        [
+            ({}, [1.0, 0.0, 0.0]),
+            ({"relevance": (0.75, 0.5, 0.25)}, [0.75, 0.5, 0.25]),
+            ({"gold": (False, False, False)}, [math.nan] * 3),
+        ],
+    )
+    def test_a_rerank_head_is_taught_what_the_row_says_of_each_document(
+        self, llama, said: dict, expected: list[float]
+    ) -> None:
+        oscar = config(query_dependent=True, rerank=True)
+        add_rerank_token(llama)
+        documents = DocumentPrompt.from_config(oscar, llama)
+
+        tensors = FineTuningCollator(oscar, llama, llama)([replace(ROW, **said)])
+
+        compressed = rows_of(tensors, "compressor")
+        places = [
+            compressed.index(documents.render(text, ROW.question).input_ids)
+            for text in ROW.documents
+        ]
+        assert tensors["relevance"][places].tolist() == pytest.approx(expected, nan_ok=True)
+
+    def test_models_without_a_rerank_head_are_taught_no_relevance(self, llama) -> None:
+        assert "relevance" not in finetuning(llama)([ROW])
 
     def test_the_number_of_documents_varies_and_the_gold_one_stays(self, llama) -> None:
         collator = finetuning(llama, min_documents=1, max_documents=2)

@@ -124,6 +124,16 @@ def test_a_limit_ends_reading_before_a_later_bad_line(tmp_path):
     assert load_questions(path, limit=1) == ROWS[:1]
 
 
+def test_a_cross_encoders_scores_are_read_saved_and_read_back(tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", RECORDS[0] | {"relevance": [0.75, 0]}, RECORDS[1])
+
+    rows = load_questions(path)
+    save_questions(tmp_path / "mix.jsonl", rows)
+
+    assert [row.relevance for row in rows] == [(0.75, 0), ()]
+    assert load_questions(tmp_path / "mix.jsonl") == rows
+
+
 @pytest.mark.parametrize("name", ["mix.jsonl", "mix.jsonl.zst"])
 def test_a_saved_mixture_is_read_back(name, tmp_path):
     save_questions(tmp_path / name, ROWS)
@@ -170,6 +180,8 @@ def test_a_text_without_a_source_takes_its_files_name(tmp_path):
         ({"docs": [{"title": "Notes"}]}, "line 2: the field `text` is missing; found title"),
         ({"docs": [{"text": "x", "title": 3}]}, "line 2: `title` should be a text, found 3"),
         ({"docs": [4]}, "line 2: `docs` holds 4"),
+        ({"relevance": [7.3]}, "line 2: `relevance` should be 1 numbers from 0 to 1, found [7.3]"),
+        ({"relevance": [1, 0]}, "line 2: `relevance` should be 1 numbers from 0 to 1, found [1,"),
     ],
 )
 def test_a_bad_record_is_named_with_its_file_line_and_field(change, message, tmp_path):
@@ -280,3 +292,7 @@ def test_a_row_that_cannot_be_taught_is_refused():
         QuestionRow("q", "Why?", (), (), (), "mine")
     with pytest.raises(ValueError, match="1 documents but 0 gold flags"):
         QuestionRow("q", "Why?", ("Rain",), ("It rained.",), (), "mine")
+    with pytest.raises(ValueError, match="1 documents but 2 relevances"):
+        QuestionRow("q", "Why?", ("Rain",), ("It rained.",), (True,), "mine", (1.0, 0.0))
+    with pytest.raises(ValueError, match="expected numbers from 0 to 1"):
+        QuestionRow("q", "Why?", ("Rain",), ("It rained.",), (True,), "mine", (7.3,))

@@ -196,6 +196,8 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         "data.text_share=0.5",
         # Two processes keep one clock; there is time enough for every step.
         "optimizer.minutes=1000",
+        "query_dependent=true",
+        "rerank=true",
     ]
     launched = subprocess.run(
         [
@@ -213,7 +215,7 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
     assert launched.returncode == 0, launched.stderr
     assert main([*arguments, f"out_dir={tmp_path / 'one'}"]) == 0
 
-    for name in ("loss", "grad_norm", "eval_loss"):
+    for name in ("loss", "grad_norm", "eval_loss", "eval_rerank_mrr"):
         assert logged(tmp_path / "two", name) == pytest.approx(
             logged(tmp_path / "one", name), rel=1e-4
         ), name

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
@@ -26,7 +27,7 @@ from softrag_trainers.collators import (
 )
 from softrag_trainers.examples import QuestionRow
 from softrag_trainers.options import Optimizer, PretrainingData, Run
-from softrag_trainers.runs import Rows, TextPieces
+from softrag_trainers.runs import Rows, TextPieces, score_questions
 from softrag_trainers.trainer import DivergedError, SoftRAGTrainer
 from tests.checkpoints import build_model
 from tests.trainers.tiny import question_rows, text_rows
@@ -115,6 +116,45 @@ def test_questions_are_learned_and_the_speed_is_logged(tmp_path: Path) -> None:
     assert len(logged(trainer, "tokens_per_second")) == 25
 
 
+def test_a_rerank_head_learns_which_document_is_gold(tmp_path: Path) -> None:
+    model = build_model(query_dependent=True, rerank=True)
+    rates = {"compressor_lr": 5e-3, "connector_lr": 5e-3, "decoder_lr": 0.0}
+    rows = question_rows()
+    trainer = build_trainer(
+        tmp_path,
+        model,
+        optimizer={"batch_size": 8, "steps": 40, "rerank_weight": 1.0, **rates},
+        run={"gradient_checkpointing": True},
+    )
+    before = score_questions(model.eval(), rows, batch_size=3, max_new_tokens=1)
+
+    trainer.train()
+
+    after = score_questions(model.eval(), rows, batch_size=3, max_new_tokens=1)
+    assert after["rerank_accuracy"] == after["rerank_mrr"] == 100
+    assert before["rerank_mrr"] < 100
+
+
+def test_the_relevance_of_a_document_weighs_as_told(tmp_path: Path) -> None:
+    model = build_model(query_dependent=True, rerank=True)
+    collator = finetuning(model)
+    batch = collator(question_rows())
+    with torch.no_grad():
+        losses = [
+            build_trainer(
+                tmp_path, model, optimizer={"rerank_weight": weight}, collator=collator
+            ).compute_loss(model, dict(batch))
+            for weight in (0.0, 0.5)
+        ]
+        scores = model(**{k: t for k, t in batch.items() if k != "relevance"}).scores
+
+    expected = nn.functional.binary_cross_entropy_with_logits(
+        scores, batch["relevance"], reduction="sum"
+    )
+    labels = (batch["labels"] != IGNORED).sum()
+    assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "run"),
     [
@@ -129,7 +169,7 @@ def test_how_a_batch_is_worked_through_does_not_change_what_is_learned(
 ) -> None:
     results = []
     for options, kind in (({}, {}), (optimizer, run)):
-        model = build_model()
+        model = build_model(query_dependent=True, rerank=True)
         collator = finetuning(model, min_documents=1, text_share=0.3)
         trainer = build_trainer(
             tmp_path, model, optimizer={"steps": 3, **options}, run=kind, collator=collator

@@ -6,6 +6,7 @@ and what the decoder reads.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from abc import ABC, abstractmethod
@@ -36,10 +37,13 @@ class Lesson(NamedTuple):
     Attributes:
         documents: What is compressed, in the order of the prompt's placeholders.
         prompt: What the decoder reads; it learns from `answer_start` on.
+        relevance: Of each document to the question, from 0 to 1, for models with a rerank head;
+            empty when nobody said.
     """
 
     documents: Sequence[DocumentRow]
     prompt: PromptRow
+    relevance: Sequence[float] = ()
 
 
 class MemoryCollator(ABC):
@@ -91,7 +95,8 @@ class MemoryCollator(ABC):
         """Collate rows.
 
         Returns:
-            The arguments of `SoftRAGModel.forward`; the prompts are padded on the right.
+            The arguments of `SoftRAGModel.forward`; the prompts are padded on the right. For
+            models with a rerank head also `relevance`, `(documents,)`, NaN where nobody said.
 
         Raises:
             ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
@@ -112,12 +117,16 @@ class MemoryCollator(ABC):
         }
         number_of: dict[tuple[int, ...], int] = {}
         distinct: list[DocumentRow] = []
+        relevance: list[float] = []
         uses: list[int] = []
-        for document in (document for lesson in lessons for document in lesson.documents):
-            number = number_of.setdefault(tuple(document.input_ids), len(distinct))
-            if number == len(distinct):
-                distinct.append(document)
-            uses.append(number)
+        for lesson in lessons:
+            said = lesson.relevance or [math.nan] * len(lesson.documents)
+            for document, relevant in zip(lesson.documents, said, strict=True):
+                number = number_of.setdefault(tuple(document.input_ids), len(distinct))
+                if number == len(distinct):
+                    distinct.append(document)
+                    relevance.append(relevant)
+                uses.append(number)
         if uses:
             documents = collate_documents(distinct, self._pad)
             tensors |= {
@@ -125,6 +134,8 @@ class MemoryCollator(ABC):
                 "compressor_attention_mask": documents.attention_mask,
                 "document_index": torch.tensor(uses),
             }
+            if self.config.rerank:
+                tensors["relevance"] = torch.tensor(relevance)
         return tensors
 
     def _checked(self, row: Any) -> Lesson:  # noqa: ANN401
@@ -183,7 +194,8 @@ class FineTuningCollator(MemoryCollator):
 
     def lesson(self, row: QuestionRow) -> Lesson:
         """Compress a question's documents; teach its first answer."""
-        documents = self._choose(row)
+        chosen = self._choose(row)
+        documents = [row.documents[index] for index in chosen]
         question, answer = row.question, row.answers[0]
         for_question = question if self.config.query_dependent else None
         rendered = [self.document_prompt.render(text, for_question) for text in documents]
@@ -195,9 +207,12 @@ class FineTuningCollator(MemoryCollator):
             ]
             return Lesson([], self.rag_prompt.render(question, texts, answer))
         lengths = [document.n_memory for document in rendered]
-        return Lesson(rendered, self.rag_prompt.render(question, lengths, answer))
+        prompt = self.rag_prompt.render(question, lengths, answer)
+        relevance = row.relevance or (row.gold if any(row.gold) else ())
+        return Lesson(rendered, prompt, [float(relevance[i]) for i in chosen if relevance])
 
-    def _choose(self, row: QuestionRow) -> list[str]:
+    def _choose(self, row: QuestionRow) -> list[int]:
+        """Return which documents are read, in the order they are read in."""
         most = min(self.max_documents or len(row.documents), len(row.documents))
         count = self.random.randint(min(self.min_documents, most), most)
         order = list(range(len(row.documents)))
@@ -205,7 +220,7 @@ class FineTuningCollator(MemoryCollator):
         rest = [index for index in order if not row.gold[index]]
         self.random.shuffle(rest)
         kept = set((gold + rest)[: max(count, len(gold[:most]))])
-        chosen = [row.documents[index] for index in order if index in kept]
+        chosen = [index for index in order if index in kept]
         self.random.shuffle(chosen)
         return chosen
 

@@ -12,13 +12,14 @@ A question's record holds its documents in place::
 or, in a *mixture* (see `save_questions`), by number: the first line is the manifest
 `{"format": 1, "passages": n}`, the next n lines are the passages, and every question after them
 has `"doc_ids": [4, 0]` and `"gold": [true, false]`. A passage shared by ten questions is then
-stored once, on disk and in memory.
+stored once, on disk and in memory. Either kind may have `"relevance": [0.97, 0.02]`, a
+cross-encoder's probability for each document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ class QuestionRow:
         documents: What is compressed, in the order it is shown: title line, then text.
         gold: For each document, whether it holds the answer. All False when nobody said.
         source: The data set it belongs to.
+        relevance: For each document, how relevant a cross-encoder finds it, from 0 to 1; empty
+            when none was asked. A rerank head then learns from it instead of from `gold`.
     """
 
     id: str
@@ -65,6 +68,8 @@ class QuestionRow:
     documents: tuple[str, ...]
     gold: tuple[bool, ...]
     source: str
+    # Collators seed their choices with a row's repr, which scores should not change.
+    relevance: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a row that cannot be taught."""
@@ -74,6 +79,16 @@ class QuestionRow:
             raise ValueError(
                 f"Question {self.id!r} has {len(self.documents)} documents but {len(self.gold)} "
                 "gold flags; expected one flag a document."
+            )
+        if self.relevance and len(self.relevance) != len(self.documents):
+            raise ValueError(
+                f"Question {self.id!r} has {len(self.documents)} documents but "
+                f"{len(self.relevance)} relevances; expected none, or one a document."
+            )
+        if not all(0 <= relevance <= 1 for relevance in self.relevance):
+            raise ValueError(
+                f"Question {self.id!r} has relevances {self.relevance}; expected numbers from 0 to "
+                "1, such as the sigmoid of a cross-encoder's score."
             )
 
 
@@ -132,6 +147,7 @@ def save_questions(path: str | Path, rows: Sequence[QuestionRow]) -> None:
                 "doc_ids": [numbers[document] for document in row.documents],
                 "gold": row.gold,
                 "source": row.source,
+                **({"relevance": row.relevance} if row.relevance else {}),
             }
 
     write_json_lines(Path(path), records())
@@ -203,7 +219,19 @@ def _questions(paths: Paths) -> Iterator[QuestionRow]:
                 documents=tuple(documents),
                 gold=tuple(gold),
                 source=record.text("source", default=_stem(path)),
+                relevance=tuple(_relevance(record, len(documents))),
             )
+
+
+def _relevance(record: _Record, documents: int) -> list[float]:
+    if record.fields.get("relevance") is None:
+        return []
+    relevance = record.items("relevance", (int, float))
+    if len(relevance) != documents or not all(0 <= value <= 1 for value in relevance):
+        raise record.error(
+            f"`relevance` should be {documents} numbers from 0 to 1, found {relevance!r:.80}."
+        )
+    return relevance
 
 
 def _passages(manifest: _Record, records: Iterator[_Record]) -> list[str]:

@@ -62,6 +62,8 @@ class Optimizer:
         epochs: Passes over the data.
         steps: Optimizer steps instead of epochs; null: by epochs.
         minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never.
+        rerank_weight: What a document's relevance weighs in the loss, an answer token being 1
+            (OSCAR, table 7: 0.05).
     """
 
     compressor_lr: float = 2e-4
@@ -75,6 +77,7 @@ class Optimizer:
     epochs: float = 1.0
     steps: int | None = None
     minutes: float | None = None
+    rerank_weight: float = 0.05
 
 
 @dataclass
@@ -191,6 +194,7 @@ class Finetune:
         out_dir: Where the model is written.
         model: A checkpoint to start from; null: start from the base models of `arch`.
         query_dependent: The compressor reads the question too (OSCAR); null: as the model says.
+        rerank: Give a query-dependent model a rerank head, which learns the documents' relevance.
         arch: What to build when there is no model.
         data: Questions.
         optimizer: Learning rates, batch, length.
@@ -200,6 +204,7 @@ class Finetune:
     out_dir: str = MISSING
     model: str | None = None
     query_dependent: bool | None = None
+    rerank: bool = False
     arch: Architecture = field(default_factory=Architecture)
     data: QuestionData = field(default_factory=QuestionData)
     optimizer: Optimizer = field(default_factory=Optimizer)

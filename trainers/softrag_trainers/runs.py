@@ -29,6 +29,7 @@ from softrag_trainers.collators import (
 )
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
 from softrag_trainers.options import Architecture, Finetune, Pretrain, PretrainingData, Run
+from softrag_trainers.reranking import score_reranking
 from softrag_trainers.trainer import SoftRAGTrainer, computes_in_bf16
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ def finetune(options: Finetune) -> SoftRAGModel:
     model = _start(options.model, options.arch, run)
     if options.query_dependent is not None:
         model.config.query_dependent = options.query_dependent
+    if options.rerank:
+        model.add_rerank_head()
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     collator = FineTuningCollator(
@@ -144,7 +147,8 @@ def score_questions(
         as_text: Read the documents, cut as the compressor cuts them, instead of memories.
 
     Returns:
-        Mean `em`, `f1`, `match` and, where its library is installed, `rouge_l`, in percent.
+        Mean `em`, `f1`, `match` and, where its library is installed, `rouge_l`, in percent; from a
+        model with a rerank head `rerank_accuracy` and `rerank_mrr` as well.
     """
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
@@ -152,6 +156,7 @@ def score_questions(
     documents = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
     rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
     predictions: list[str] = []
+    scores: list[float] = []
     for start in range(0, len(rows), batch_size):
         asked: list[PromptRow] = []
         compressed: list[DocumentRow] = []
@@ -170,7 +175,8 @@ def score_questions(
         ids, mask = prompts.input_ids.to(model.device), prompts.attention_mask.to(model.device)
         if compressed:
             tensors = (tensor.to(model.device) for tensor in collate_documents(compressed, 0))
-            soft_tokens = model.compress(*tensors)
+            soft_tokens, scored = model.compress_and_score(*tensors)
+            scores += [] if scored is None else scored.tolist()
         else:
             soft_tokens = model.line_up_soft_tokens(None, None, None)
         generated = model.decoder.generate(
@@ -182,7 +188,12 @@ def score_questions(
             pad_token_id=rag.end_id,
         )
         predictions += model.decoder_tokenizer.batch_decode(generated, skip_special_tokens=True)
-    return score_answers(predictions, [row.answers for row in rows])
+    results = score_answers(predictions, [row.answers for row in rows])
+    if scores:
+        remaining = iter(scores)
+        by_question = [[next(remaining) for _ in row.documents] for row in rows]
+        results |= score_reranking(by_question, [row.gold for row in rows])
+    return results
 
 
 class Rows(Dataset[Any]):

@@ -25,6 +25,7 @@ from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
 from softrag_trainers.collators import MemoryCollator
 from softrag_trainers.options import Optimizer, Run
+from softrag_trainers.reranking import rerank_loss
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +171,14 @@ class SoftRAGTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401 (Trainer's own contract)
-        """Mean loss of the answer tokens."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        """Mean loss of the answer tokens, and the rerank head's with its weight."""
+        read = {name: tensor for name, tensor in inputs.items() if name != "relevance"}
+        outputs = model(**read, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
+        if outputs.scores is not None and "relevance" in inputs:
+            items = len(outputs.logits) if num_items_in_batch is None else num_items_in_batch
+            reranking = rerank_loss(outputs.scores, inputs["relevance"])
+            loss = loss + self.options.rerank_weight * reranking / items
         if model.training:
             if num_items_in_batch is not None:
                 # Trainer divides over processes by averaging their gradients.
