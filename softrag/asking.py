@@ -29,6 +29,7 @@ class Decoding(NamedTuple):
     stop: Sequence[str] | None
     temperature: float
     seed: int | None
+    with_state: bool = False
 
 
 class Asked(NamedTuple):
@@ -132,6 +133,7 @@ def prepare(
                 stop=decoding.stop or (),
                 temperature=decoding.temperature,
                 seed=decoding.seed,
+                with_state=decoding.with_state,
             ),
             question=question,
             mode=mode,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 
 from softrag.answer import Mode
 from softrag.asking import Asked, Decoding, Source, prepare, split_for
+from softrag.codec import decode, encode
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeResult
 from softrag.documents import document_text
@@ -22,15 +23,65 @@ class AnsweredSet:
 
     Attributes:
         results: One per question, in order.
-        text_prompt_tokens: What each prompt would have had with text.
-        compress_s: Seconds spent on making memories.
+        compress_s: Seconds spent on memories that were made while answering.
         decode_s: Seconds spent on answering.
     """
 
     results: list[DecodeResult]
-    text_prompt_tokens: list[int]
     compress_s: float
     decode_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetMemories:
+    """The memories of a question set's documents, as a store would keep them.
+
+    Attributes:
+        by_text: Every distinct document's memories: one, or several of a document that was split.
+            Empty for query-dependent models, whose memories are made with the question.
+        nbytes: Size of all of them, encoded.
+        compress_s: Seconds it took to make them.
+    """
+
+    by_text: Mapping[str, list[Memory]]
+    nbytes: int
+    compress_s: float
+
+    def encoded(self, codec: str) -> SetMemories:
+        """Return the memories as they come back from a store with this codec (`codec.CODECS`)."""
+        data = {text: [encode(each, codec) for each in made] for text, made in self.by_text.items()}
+        return SetMemories(
+            by_text={text: [decode(each) for each in made] for text, made in data.items()},
+            nbytes=sum(len(each) for made in data.values() for each in made),
+            compress_s=self.compress_s,
+        )
+
+
+def texts_of(question: Question) -> list[str]:
+    """Return a question's documents as they are read."""
+    return [document_text(document.title, document.text) for document in question.documents]
+
+
+def compress_set(questions: Sequence[Question], compressor: Compressor) -> SetMemories:
+    """Compress every distinct document of a question set once; nothing for query-dependent models.
+
+    Raises:
+        EmptyDocumentError: A document has no text.
+    """
+    started = perf_counter()
+    distinct: list[str] = []
+    if not compressor.query_dependent:
+        distinct = list(dict.fromkeys(text for each in questions for text in texts_of(each)))
+    pieces = [split_for(compressor, text) for text in distinct]
+    made = iter(compressor.compress([piece for split in pieces for piece in split]))
+    by_text = {
+        text: list(islice(made, len(split))) for text, split in zip(distinct, pieces, strict=True)
+    }
+    return SetMemories(
+        by_text=by_text,
+        nbytes=sum(memory.nbytes for memories in by_text.values() for memory in memories),
+        compress_s=perf_counter() - started,
+    )
 
 
 def answer_set(
@@ -38,39 +89,40 @@ def answer_set(
     *,
     mode: Mode,
     decoder: Decoder,
-    compressor: Compressor | None,
+    compressor: Compressor | None = None,
+    memories: SetMemories | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    with_state: bool = False,
     on_answers: Callable[[int], None] | None = None,
 ) -> AnsweredSet:
-    """Answer questions from their own documents; each distinct document is compressed once.
+    """Answer questions from their own documents.
 
     Args:
         questions: The questions.
         mode: What is read of the documents.
         decoder: Answers.
-        compressor: Makes memories; needed by mode "memory".
+        compressor: Makes memories that are missing.
+        memories: What mode "memory" reads; None makes them batch by batch.
         batch_size: Questions answered together.
         max_new_tokens: Most tokens of an answer.
+        with_state: As in `DecodeRequest`.
         on_answers: Called with the number of new answers after every batch.
     """
-    texts = [
-        [document_text(document.title, document.text) for document in question.documents]
-        for question in questions
-    ]
+    known = memories.by_text if memories else {}
+    texts = [texts_of(question) for question in questions]
     started = perf_counter()
-    memories = _compress_all(texts, compressor) if mode == "memory" else {}
-    compress_s = perf_counter() - started
+    compress_s = 0.0
     results: list[DecodeResult] = []
     for first in range(0, len(questions), batch_size):
         batch = slice(first, first + batch_size)
         prepared = prepare(
             [
-                Asked(question.question, _sources(documents, memories), started)
+                Asked(question.question, _sources(documents, known), started)
                 for question, documents in zip(questions[batch], texts[batch], strict=True)
             ],
             mode=mode,
-            decoding=Decoding(max_new_tokens, None, 0.0, None),
+            decoding=Decoding(max_new_tokens, None, 0.0, None, with_state),
             decoder=decoder,
             compressor=compressor,
         )
@@ -79,33 +131,10 @@ def answer_set(
         if on_answers is not None:
             on_answers(len(prepared))
     decode_s = perf_counter() - started - compress_s
-    return AnsweredSet(
-        results=results,
-        text_prompt_tokens=[
-            decoder.prompt_tokens(question.question, documents)
-            for question, documents in zip(questions, texts, strict=True)
-        ],
-        compress_s=compress_s,
-        decode_s=decode_s,
-    )
+    return AnsweredSet(results=results, compress_s=compress_s, decode_s=decode_s)
 
 
-def _compress_all(
-    texts: Sequence[Sequence[str]], compressor: Compressor | None
-) -> dict[str, list[Memory]]:
-    """Return every distinct document's memories: one, or several of a document that was split."""
-    # Memories for a question are made with it, batch by batch.
-    if compressor is None or compressor.query_dependent:
-        return {}
-    distinct = list(dict.fromkeys(text for documents in texts for text in documents))
-    pieces = [split_for(compressor, text) for text in distinct]
-    made = iter(compressor.compress([piece for split in pieces for piece in split]))
-    return {
-        text: list(islice(made, len(split))) for text, split in zip(distinct, pieces, strict=True)
-    }
-
-
-def _sources(documents: Sequence[str], memories: dict[str, list[Memory]]) -> list[Source]:
+def _sources(documents: Sequence[str], memories: Mapping[str, list[Memory]]) -> list[Source]:
     sources: list[Source] = []
     for text in documents:
         sources += memories.get(text) or [text]
