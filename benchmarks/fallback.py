@@ -23,6 +23,7 @@ from softrag.evaluation import read_questions
 
 
 def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size: int) -> None:
+    """Answer the files and write what a router could look at."""
     out.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size)
@@ -74,6 +75,7 @@ def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size
 
 
 def main() -> None:
+    """Run a command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("answer")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from softrag.handles import MemoryCache, escape_handles, find_handles, make_handle
     from softrag.memory import Memory, memory_key
     from softrag.model import SoftRAGModel
+    from softrag.router import Router
     from softrag.store import MemoryStore, StoreInfo, decode_memory, encode_memory
     from softrag.text import clean_text, split_text
 
@@ -63,6 +64,7 @@ __all__ = [
     "Mode",
     "NonFiniteMemoryError",
     "PlaceholderMismatchError",
+    "Router",
     "SoftRAG",
     "SoftRAGConfig",
     "SoftRAGError",
@@ -112,6 +114,7 @@ _HOMES = {
     "handles": ("MemoryCache", "escape_handles", "find_handles", "make_handle"),
     "memory": ("Memory", "memory_key"),
     "model": ("SoftRAGModel",),
+    "router": ("Router",),
     "store": ("MemoryStore", "StoreInfo", "decode_memory", "encode_memory"),
     "text": ("clean_text", "split_text"),
 }

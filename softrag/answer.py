@@ -23,6 +23,8 @@ class Usage:
         text_prompt_tokens: What the same prompt would have had with the chunks as text; None when
             a memory came without its text.
         completion_tokens: Written by the decoder.
+
+    Where a question was read from memories and then from text, both readings are counted.
     """
 
     prompt_tokens: int
@@ -57,9 +59,12 @@ class Answer:
         sources: The chunks it was made from, best first.
         usage: Its cost in tokens.
         timings: Its cost in seconds.
-        mode: What the decoder read of the sources.
+        mode: What the decoder read of the sources; "text" where memories were asked for and the
+            fallback decided against them.
         finish_reason: "stop" when the model or a stop string ended it, "length" when
             `max_new_tokens` did.
+        fallback_score: The fallback's probability that text answers better than memories; None
+            where no fallback decided.
     """
 
     text: str
@@ -68,6 +73,7 @@ class Answer:
     timings: Timings
     mode: Mode
     finish_reason: Literal["stop", "length"]
+    fallback_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

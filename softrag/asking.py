@@ -5,8 +5,8 @@ It knows no store: what was retrieved is given.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple, get_args
 
@@ -63,16 +63,33 @@ class Prepared:
         """The sources that are stored chunks."""
         return [source for source in self.question.sources if isinstance(source, Hit)]
 
-    def answer(self, result: DecodeResult) -> Answer:
-        """Return the answer with its sources and costs; the clock stops here."""
+    def from_text(self) -> Prepared:
+        """Return the same question, to be answered from its sources' texts.
+
+        Raises:
+            ValueError: A memory came without its text.
+        """
+        texts = tuple(_text(source) for source in self.question.sources)
+        return replace(
+            self, mode="text", request=replace(self.request, documents=texts, with_state=False)
+        )
+
+    def answer(self, *passes: DecodeResult, fallback_score: float | None = None) -> Answer:
+        """Return the answer with its sources and costs; the clock stops here.
+
+        Args:
+            passes: What the decoder did, at least one; the last is the answer, all are paid for.
+            fallback_score: As in `Answer`.
+        """
+        result = passes[-1]
         return Answer(
             text=result.text,
             sources=self.hits,
             usage=Usage(
-                prompt_tokens=result.prompt_tokens,
-                soft_tokens=result.soft_tokens,
+                prompt_tokens=sum(each.prompt_tokens for each in passes),
+                soft_tokens=sum(each.soft_tokens for each in passes),
                 text_prompt_tokens=self.text_prompt_tokens,
-                completion_tokens=result.completion_tokens,
+                completion_tokens=sum(each.completion_tokens for each in passes),
             ),
             timings=Timings(
                 retrieve_s=self.question.retrieve_s,
@@ -82,12 +99,8 @@ class Prepared:
             ),
             mode=self.mode,
             finish_reason=result.finish_reason,
+            fallback_score=fallback_score,
         )
-
-    def stream(self, decoder: Decoder) -> Generator[str, None, Answer]:
-        """Yield the answer's text and return the answer."""
-        result = yield from decoder.stream(self.request)
-        return self.answer(result)
 
 
 def check_mode(mode: str) -> None:

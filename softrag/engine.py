@@ -21,10 +21,12 @@ from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
 from softrag.documents import Chunk, Document, Hit
 from softrag.embedder import Embedder, default_embedder
 from softrag.errors import StoreError
+from softrag.fallback import answer_all, stream_answer
 from softrag.handles import MemoryCache
 from softrag.indexing import Indexer
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
+from softrag.router import Router
 from softrag.store import MemoryStore
 
 if TYPE_CHECKING:
@@ -47,9 +49,12 @@ class SoftRAG:
         chunk_tokens: Longest chunk in compressor tokens; None for 128, or the compressor's limit
             where that is lower.
         window_s: How long a question waits for others to be decoded with it.
+        fallback: Decides, where memories are asked for, which questions are answered from text
+            instead; None for none.
 
     Raises:
-        MemoryMismatchError: The store was built with another model or embedder.
+        MemoryMismatchError: The store was built, or the fallback calibrated, with another model
+            or embedder.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class SoftRAG:
         decoder: Decoder | None = None,
         chunk_tokens: int | None = None,
         window_s: float = 0.005,
+        fallback: Router | None = None,
     ) -> None:
         self.store = store
         self.embedder = embedder
@@ -81,6 +87,9 @@ class SoftRAG:
             dimension=embedder.dimension,
             codec=None,
         )
+        if fallback is not None and maker is not None:
+            fallback.check(maker.fingerprint)
+        self.fallback = fallback
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
             MicroBatcher(decoder.generate, window_s=window_s) if decoder else None
         )
@@ -102,6 +111,7 @@ class SoftRAG:
         load_compressor: bool = True,
         base_model: str | Path | None = None,
         chunk_tokens: int | None = None,
+        fallback: Router | str | Path | None = None,
     ) -> SoftRAG:
         """Load a checkpoint and open a store.
 
@@ -116,11 +126,16 @@ class SoftRAG:
             load_compressor: False to answer from stored memories only.
             base_model: Where the checkpoint's base model is, if not where the checkpoint says.
             chunk_tokens: As in the class.
+            fallback: A router, or the file that `softrag eval --calibrate` wrote; None for none.
 
         Raises:
             CheckpointError: The checkpoint is damaged or of another kind.
-            MemoryMismatchError: The store was built with another model or embedder.
+            MemoryMismatchError: The store was built, or the fallback calibrated, with another
+                model or embedder.
+            UnreadableFileError: `fallback` is no file of a router.
         """
+        if fallback is not None and not isinstance(fallback, Router):
+            fallback = Router.load(fallback)
         model = SoftRAGModel.from_pretrained(
             checkpoint,
             base_model=base_model,
@@ -145,6 +160,7 @@ class SoftRAG:
             compressor=Compressor(model, lock=lock) if load_compressor else None,
             decoder=TorchDecoder(model, lock=lock) if load_decoder else None,
             chunk_tokens=chunk_tokens,
+            fallback=fallback,
         )
 
     # Documents
@@ -278,8 +294,7 @@ class SoftRAG:
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
         found = [self._find(question, k=k, mode=mode, where=where) for question in questions]
         prepared = self._prepare(found, mode, decoding)
-        results = self._need_decoder().generate([each.request for each in prepared])
-        return [each.answer(result) for each, result in zip(prepared, results, strict=True)]
+        return answer_all(prepared, self._need_decoder().generate, self.fallback)
 
     def answer_from(
         self,
@@ -386,20 +401,26 @@ class SoftRAG:
         return Asked(question, hits, started, perf_counter() - started)
 
     def _prepare(self, found: Sequence[Asked], mode: Mode, decoding: Decoding) -> list[Prepared]:
+        looks = self.fallback is not None and self.fallback.with_state and mode == "memory"
         return prepare(
             found,
             mode=mode,
-            decoding=decoding,
+            decoding=decoding._replace(with_state=looks),
             decoder=self._need_decoder(),
             compressor=self.compressor,
         )
 
     def _finish(self, prepared: Prepared) -> Answer:
-        assert self._batcher is not None
-        return prepared.answer(self._batcher(prepared.request))
+        return answer_all([prepared], self._generate, self.fallback)[0]
 
     def _start(self, prepared: Prepared) -> AnswerStream:
-        return AnswerStream(prepared.stream(self._need_decoder()), prepared.hits)
+        pieces = stream_answer(prepared, self._need_decoder(), self._generate, self.fallback)
+        return AnswerStream(pieces, prepared.hits)
+
+    def _generate(self, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+        """Answer requests together with those of other threads."""
+        assert self._batcher is not None
+        return [self._batcher(request) for request in requests]
 
     def _indexer(self) -> Indexer:
         return Indexer(

@@ -1,114 +1,115 @@
-"""Whether to trust an answer from memories, or to answer from text instead. It knows no model.
+"""Answers from memories, and from text where a router says so. It knows no store.
 
-A linear probe reads what the decoder was like when it began to answer from memories: how sure it
-was of its first tokens, and its state at the prompt's last token, halfway through the layers (where
-OverflowGuard finds that compression lost what was asked for). The score is the probability
-that text would answer better. Above the threshold, text answers.
+The decision is the same for a question asked alone, in a batch or as a stream: it depends on the
+prompt and on the answer's first tokens. Both readings are counted in the answer's usage.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from time import perf_counter
 
-import numpy as np
+from softrag.answer import Answer
+from softrag.asking import Prepared
+from softrag.decoder import Decoder, DecodeRequest, DecodeResult
+from softrag.router import Router
 
-from softrag.decoder import DecodeResult
-from softrag.errors import UnreadableFileError
-
-FORMAT = 1
+Generate = Callable[[Sequence[DecodeRequest]], Sequence[DecodeResult]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Router:
-    """Decides per question between memories and text; made by `softrag eval --calibrate`.
+def answer_all(
+    prepared: Sequence[Prepared], generate: Generate, router: Router | None
+) -> list[Answer]:
+    """Answer questions together, in order.
 
-    Attributes:
-        fingerprint: Of the compressor whose memories it was calibrated on.
-        threshold: Scores from here on are answered from text.
-        lookahead: How many of the answer's first tokens it looks at; at least 1.
-        weights: One per value of `features`.
-        bias: Added to the weighted features.
-        with_state: Whether it looks at `DecodeResult.prompt_state` too.
-        format: Version of the file.
-    """
-
-    fingerprint: str
-    threshold: float
-    lookahead: int
-    weights: Sequence[float]
-    bias: float
-    with_state: bool
-    format: int = FORMAT
-
-    def score(self, result: DecodeResult) -> float:
-        """Return the probability that text answers better than this result of memories, 0 to 1.
-
-        Raises:
-            ValueError: The decoder did not say what the router looks at.
-        """
-        values = features(result, lookahead=self.lookahead, with_state=self.with_state)
-        if len(values) != len(self.weights):
-            raise ValueError(
-                f"The router weighs {len(self.weights)} features, the decoder gives {len(values)}. "
-                "Calibrate again with this model: softrag eval --calibrate."
-            )
-        logit = float(np.dot(values, self.weights)) + self.bias
-        return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
-
-    def prefers_text(self, score: float) -> bool:
-        """Tell whether a score is answered from text."""
-        return score >= self.threshold
-
-    def save(self, path: str | Path) -> None:
-        """Write a JSON file; a crash leaves the old one or the new one."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        part.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Router:
-        """Read a file that `save` wrote.
-
-        Raises:
-            UnreadableFileError: There is no such file, or it holds something else.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or values.get("format") != FORMAT:
-                raise ValueError(f"expected a router of format {FORMAT}")
-            return cls(**values)
-        except (OSError, ValueError, TypeError) as error:
-            raise UnreadableFileError(
-                f"{path} is no router: {error}. Make one with: softrag eval --calibrate {path}"
-            ) from error
-
-
-def features(result: DecodeResult, *, lookahead: int, with_state: bool) -> np.ndarray:
-    """Return what a router looks at, `(features,)`.
-
-    The first four are the log-probability of the first token; the mean and the least of the first
-    `lookahead` tokens; and the share of `lookahead` that the answer fills. The state follows.
+    Args:
+        prepared: The questions.
+        generate: Answers requests, as `Decoder.generate`.
+        router: None for no fallback.
 
     Raises:
-        ValueError: The result has no log-probabilities, or no state and one is wanted.
+        ValueError: The decoder does not say what the router looks at.
     """
-    seen = list(result.token_logprobs[:lookahead])
-    if not seen:
-        raise ValueError(
-            "The decoder gave no token log-probabilities, so nobody knows how sure it was. Use one "
-            "that does, such as TorchDecoder, or leave the fallback off."
-        )
-    confidence = np.array([seen[0], sum(seen) / len(seen), min(seen), len(seen) / lookahead])
-    if not with_state:
-        return confidence
-    if result.prompt_state is None:
-        raise ValueError(
-            "The decoder gave no prompt state, which this router looks at. Use TorchDecoder, or "
-            "calibrate a router on confidence alone: softrag eval --calibrate --no-state."
-        )
-    return np.concatenate([confidence, result.prompt_state.double().numpy()])
+    started = perf_counter()
+    results = generate([each.request for each in prepared])
+    if router is None:
+        return [each.answer(result) for each, result in zip(prepared, results, strict=True)]
+    scores = [
+        router.score(result) if _has_choice(each) else None
+        for each, result in zip(prepared, results, strict=True)
+    ]
+    doubted = [
+        place
+        for place, score in enumerate(scores)
+        if score is not None and router.prefers_text(score)
+    ]
+    texts = [prepared[place].from_text() for place in doubted]
+    spent = perf_counter() - started
+    answered = _generate_what_fits(generate, [each.request for each in texts])
+    # With the text's result last: it is the answer.
+    passes: list[list[DecodeResult]] = [[result] for result in results]
+    for place, text in zip(doubted, answered, strict=True):
+        if text is not None:
+            passes[place].append(_later(text, spent))
+    return [
+        (each if len(read) == 1 else each.from_text()).answer(*read, fallback_score=score)
+        for each, read, score in zip(prepared, passes, scores, strict=True)
+    ]
+
+
+def stream_answer(
+    prepared: Prepared, decoder: Decoder, generate: Generate, router: Router | None
+) -> Generator[str, None, Answer]:
+    """Yield an answer's text and return the answer; arguments and errors as in `answer_all`.
+
+    With a router the first piece waits until memories gave the `Router.lookahead` tokens it decides
+    by; an answer that is longer is then read again from its start.
+    """
+    if router is None or not _has_choice(prepared):
+        return prepared.answer((yield from decoder.stream(prepared.request)))
+    started = perf_counter()
+    request = prepared.request
+    n_tokens = min(router.lookahead, request.max_new_tokens)
+    seen = generate([replace(request, max_new_tokens=n_tokens)])[0]
+    score = router.score(seen)
+    spent = perf_counter() - started
+    if router.prefers_text(score):
+        text = prepared.from_text()
+        try:
+            result = yield from decoder.stream(text.request)
+        except ValueError:  # The text does not fit, and nothing was said yet.
+            pass
+        else:
+            return text.answer(seen, _later(result, spent), fallback_score=score)
+    if seen.finish_reason == "stop" or n_tokens == request.max_new_tokens:
+        if seen.text:
+            yield seen.text
+        return prepared.answer(seen, fallback_score=score)
+    result = yield from decoder.stream(request)
+    return prepared.answer(seen, _later(result, spent), fallback_score=score)
+
+
+def _has_choice(prepared: Prepared) -> bool:
+    """Tell whether memories are read, and could be read as text."""
+    known = prepared.text_prompt_tokens is not None
+    return prepared.mode == "memory" and known and bool(prepared.request.documents)
+
+
+def _generate_what_fits(
+    generate: Generate, requests: Sequence[DecodeRequest]
+) -> list[DecodeResult | None]:
+    """Return results, and None for a prompt too long for the decoder: its memories must do."""
+    if not requests:
+        return []
+    try:
+        return list(generate(requests))
+    except ValueError:
+        if len(requests) == 1:
+            return [None]
+    return [_generate_what_fits(generate, [request])[0] for request in requests]
+
+
+def _later(result: DecodeResult, seconds: float) -> DecodeResult:
+    """Return a result whose first token came after an earlier pass."""
+    return replace(result, first_token_s=result.first_token_s + seconds)

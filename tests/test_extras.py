@@ -18,6 +18,7 @@ DISTRIBUTIONS = {
     "grpc": "qdrant-client",
     "omegaconf": "hydra-core",
     "pyarrow": "datasets",
+    "sklearn": "scikit-learn",
 }
 
 

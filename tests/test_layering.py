@@ -29,8 +29,10 @@ CORE_LAYERS = [
     {"model", "asynchronous"},
     {"export"},
     {"compressor", "decoder", "store"},
-    {"asking", "indexing"},
+    {"asking", "indexing", "router"},
+    {"fallback"},
     {"engine", "question_set"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

@@ -151,7 +151,6 @@ def _score(questions: Sequence[Question], answered: AnsweredSet) -> dict[str, An
     return {
         **score_answers(texts, [each.answers for each in questions]),
         "prompt_tokens": sum(result.prompt_tokens for result in answered.results) / n,
-        "text_prompt_tokens": sum(answered.text_prompt_tokens) / n,
         "completion_tokens": sum(result.completion_tokens for result in answered.results) / n,
         "compress_s": answered.compress_s,
         "decode_s": answered.decode_s,

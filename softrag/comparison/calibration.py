@@ -11,7 +11,7 @@ import numpy as np
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.decoder import DecodeResult
 from softrag.extras import load_extra
-from softrag.fallback import Router, features
+from softrag.router import Router, features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Bootstrap confidence intervals of means and of their differences. It knows numbers only.
 
-Percentile bootstrap over questions (Efron and Tibshirani, 1993, chapter 13). All means share one set
-of resamples, so a difference of two of them is the paired bootstrap: it is not blurred by what makes
-a question hard for both.
+Percentile bootstrap over questions (Efron and Tibshirani, 1993, chapter 13). All means share one
+set of resamples, so a difference of two of them is the paired bootstrap: it is not blurred by what
+makes a question hard for both.
 """
 
 from __future__ import annotations

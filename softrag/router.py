@@ -1,0 +1,126 @@
+"""Whether to trust an answer from memories, or to answer from text instead. It knows no model.
+
+A linear probe reads what the decoder was like when it began to answer from memories: how sure it
+was of its first tokens, and its state at the prompt's last token, halfway through the layers (where
+OverflowGuard finds that compression lost what was asked for). The score is the probability
+that text would answer better. Above the threshold, text answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from softrag.decoder import DecodeResult
+from softrag.errors import MemoryMismatchError, UnreadableFileError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """Decides per question between memories and text; made by `softrag eval --calibrate`.
+
+    Attributes:
+        fingerprint: Of the compressor whose memories it was calibrated on.
+        threshold: Scores from here on are answered from text.
+        lookahead: How many of the answer's first tokens it looks at; at least 1.
+        weights: One per value of `features`.
+        bias: Added to the weighted features.
+        with_state: Whether it looks at `DecodeResult.prompt_state` too.
+        format: Version of the file.
+    """
+
+    fingerprint: str
+    threshold: float
+    lookahead: int
+    weights: Sequence[float]
+    bias: float
+    with_state: bool
+    format: int = FORMAT
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a model that the router was not calibrated on.
+
+        Raises:
+            MemoryMismatchError: The compressor is another one.
+        """
+        if fingerprint != self.fingerprint:
+            raise MemoryMismatchError(
+                f"The router was calibrated on memories of the model {self.fingerprint}, but the "
+                f"loaded model is {fingerprint}. Calibrate one for it: softrag eval --calibrate."
+            )
+
+    def score(self, result: DecodeResult) -> float:
+        """Return the probability that text answers better than this result of memories, 0 to 1.
+
+        Raises:
+            ValueError: The decoder did not say what the router looks at.
+        """
+        values = features(result, lookahead=self.lookahead, with_state=self.with_state)
+        if len(values) != len(self.weights):
+            raise ValueError(
+                f"The router weighs {len(self.weights)} features, the decoder gives {len(values)}. "
+                "Calibrate again with this model: softrag eval --calibrate."
+            )
+        logit = float(np.dot(values, self.weights)) + self.bias
+        return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
+
+    def prefers_text(self, score: float) -> bool:
+        """Tell whether a score is answered from text."""
+        return score >= self.threshold
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file; a crash leaves the old one or the new one."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Router:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UnreadableFileError: There is no such file, or it holds something else.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict) or values.get("format") != FORMAT:
+                raise ValueError(f"expected a router of format {FORMAT}")
+            return cls(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise UnreadableFileError(
+                f"{path} is no router: {error}. Make one with: softrag eval --calibrate {path}"
+            ) from error
+
+
+def features(result: DecodeResult, *, lookahead: int, with_state: bool) -> np.ndarray:
+    """Return what a router looks at, `(features,)`.
+
+    The first four are the log-probability of the first token; the mean and the least of the first
+    `lookahead` tokens; and the share of `lookahead` that the answer fills. The state follows.
+
+    Raises:
+        ValueError: The result has no log-probabilities, or no state and one is wanted.
+    """
+    seen = list(result.token_logprobs[:lookahead])
+    if not seen:
+        raise ValueError(
+            "The decoder gave no token log-probabilities, so nobody knows how sure it was. Use one "
+            "that does, such as TorchDecoder, or leave the fallback off."
+        )
+    confidence = np.array([seen[0], sum(seen) / len(seen), min(seen), len(seen) / lookahead])
+    if not with_state:
+        return confidence
+    if result.prompt_state is None:
+        raise ValueError(
+            "The decoder gave no prompt state, which this router looks at. Use TorchDecoder, or "
+            "calibrate a router on confidence alone: softrag eval --calibrate --no-state."
+        )
+    return np.concatenate([confidence, result.prompt_state.double().numpy()])
