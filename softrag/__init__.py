@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from softrag.asynchronous import AsyncAnswerStream
     from softrag.compressor import Compressor
     from softrag.config import SoftRAGConfig
-    from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
+    from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
     from softrag.documents import Chunk, Document, Hit, chunk_id, document_text
     from softrag.embedder import Embedder, default_embedder
     from softrag.engine import SoftRAG
     from softrag.errors import (
         CheckpointError,
+        DecoderError,
         EmptyDocumentError,
         MemoryCodecError,
         MemoryMismatchError,
@@ -51,6 +52,7 @@ __all__ = [
     "DecodeRequest",
     "DecodeResult",
     "Decoder",
+    "DecoderError",
     "Document",
     "Embedder",
     "EmptyDocumentError",
@@ -76,6 +78,7 @@ __all__ = [
     "UnknownHandleError",
     "UnreadableFileError",
     "Usage",
+    "VLLMDecoder",
     "chunk_id",
     "clean_text",
     "decode_memory",
@@ -94,12 +97,13 @@ _HOMES = {
     "asynchronous": ("AsyncAnswerStream",),
     "compressor": ("Compressor",),
     "config": ("SoftRAGConfig",),
-    "decoder": ("DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"),
+    "decoder": ("DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder", "VLLMDecoder"),
     "documents": ("Chunk", "Document", "Hit", "chunk_id", "document_text"),
     "embedder": ("Embedder", "default_embedder"),
     "engine": ("SoftRAG",),
     "errors": (
         "CheckpointError",
+        "DecoderError",
         "EmptyDocumentError",
         "MemoryCodecError",
         "MemoryMismatchError",

@@ -17,7 +17,7 @@ from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, prepar
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
-from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder
+from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
 from softrag.documents import Chunk, Document, Hit
 from softrag.embedder import Embedder, default_embedder
 from softrag.errors import StoreError
@@ -91,7 +91,9 @@ class SoftRAG:
             fallback.check(maker.fingerprint)
         self.fallback = fallback
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
-            MicroBatcher(decoder.generate, window_s=window_s) if decoder else None
+            MicroBatcher(decoder.generate, window_s=window_s)
+            if decoder and not decoder.joins_requests
+            else None
         )
         # Memories that travel as handles through other libraries.
         self.cache = MemoryCache()
@@ -110,6 +112,7 @@ class SoftRAG:
         load_decoder: bool = True,
         load_compressor: bool = True,
         base_model: str | Path | None = None,
+        decoder: Decoder | str = "torch",
         chunk_tokens: int | None = None,
         fallback: Router | str | Path | None = None,
     ) -> SoftRAG:
@@ -125,6 +128,9 @@ class SoftRAG:
             load_decoder: False to add and retrieve only.
             load_compressor: False to answer from stored memories only.
             base_model: Where the checkpoint's base model is, if not where the checkpoint says.
+            decoder: What writes answers: "torch" in this process; the URL of a vLLM server that
+                serves the exported decoder (`docs/vllm.md`); "vllm" in this process, where vLLM
+                is installed; or a decoder of your own.
             chunk_tokens: As in the class.
             fallback: A router, or the file that `softrag eval --calibrate` wrote; None for none.
 
@@ -133,13 +139,14 @@ class SoftRAG:
             MemoryMismatchError: The store was built, or the fallback calibrated, with another
                 model or embedder.
             UnreadableFileError: `fallback` is no file of a router.
+            MissingExtraError: `decoder` is "vllm" and vLLM is not installed.
         """
         if fallback is not None and not isinstance(fallback, Router):
             fallback = Router.load(fallback)
         model = SoftRAGModel.from_pretrained(
             checkpoint,
             base_model=base_model,
-            load_decoder=load_decoder,
+            load_decoder=load_decoder and decoder == "torch",
             load_compressor=load_compressor,
             device=device,
         )
@@ -154,11 +161,15 @@ class SoftRAG:
             )
         # One lock: compressor and decoder may be the same weights.
         lock = threading.Lock()
+        if decoder == "torch" and load_decoder:
+            decoder = TorchDecoder(model, lock=lock)
+        elif isinstance(decoder, str) and load_decoder:
+            decoder = VLLMDecoder.open(decoder, checkpoint, base_model=base_model)
         return cls(
             store=store,
             embedder=embedder,
             compressor=Compressor(model, lock=lock) if load_compressor else None,
-            decoder=TorchDecoder(model, lock=lock) if load_decoder else None,
+            decoder=None if isinstance(decoder, str) else decoder,
             chunk_tokens=chunk_tokens,
             fallback=fallback,
         )
@@ -359,6 +370,8 @@ class SoftRAG:
         self.threads.shutdown()
         if self._batcher is not None:
             self._batcher.close()
+        if self.decoder is not None:
+            self.decoder.close()
         self.store.close()
 
     def __enter__(self) -> SoftRAG:
@@ -412,6 +425,7 @@ class SoftRAG:
 
     def _finish(self, prepared: Prepared) -> Answer:
         return answer_all([prepared], self._generate, self.fallback)[0]
+            MissingExtraError: `decoder` is "vllm" and vLLM is not installed.
 
     def _start(self, prepared: Prepared) -> AnswerStream:
         pieces = stream_answer(prepared, self._need_decoder(), self._generate, self.fallback)

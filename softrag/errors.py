@@ -6,6 +6,7 @@
   x MemoryMismatchError      a memory or store belongs to another model or embedder
   x NonFiniteMemoryError     a compressor produced NaN or infinity
   x PlaceholderMismatchError soft tokens and `<MEM>` placeholders differ in number
+  x DecoderError             a decode engine is not there, refused or lost a request
   x StoreError               the vector store refused or lost an operation
   x UnknownHandleError       a memory handle is not in the cache or the store
   x UnreadableFileError      a source file cannot be parsed
@@ -38,6 +39,10 @@ class NonFiniteMemoryError(SoftRAGError):
 
 class PlaceholderMismatchError(SoftRAGError):
     """Soft tokens and `<MEM>` placeholders differ in number."""
+
+
+class DecoderError(SoftRAGError):
+    """A decode engine is not there, refused or lost a request."""
 
 
 class StoreError(SoftRAGError):

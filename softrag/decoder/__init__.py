@@ -2,5 +2,6 @@
 
 from softrag.decoder.base import Decoder, DecodeRequest, DecodeResult
 from softrag.decoder.torch import TorchDecoder
+from softrag.decoder.vllm import VLLMDecoder
 
-__all__ = ["DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder"]
+__all__ = ["DecodeRequest", "DecodeResult", "Decoder", "TorchDecoder", "VLLMDecoder"]

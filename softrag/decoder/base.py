@@ -81,6 +81,14 @@ class Decoder(Protocol):
         """Of the compressor whose memories this decoder reads."""
         ...
 
+    @property
+    def joins_requests(self) -> bool:
+        """Whether requests of separate calls are decoded together as they come.
+
+        If not, it pays to collect questions of the same moment and hand them over in one call.
+        """
+        ...
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         """Count the prompt's tokens without running the model."""
         ...
@@ -92,6 +100,7 @@ class Decoder(Protocol):
             MemoryMismatchError: A memory belongs to another model.
             NonFiniteMemoryError: A memory holds NaN or infinity.
             ValueError: A prompt and its answer do not fit the model.
+            DecoderError: An engine in another process refused or lost a request.
         """
         ...
 
@@ -102,5 +111,10 @@ class Decoder(Protocol):
             MemoryMismatchError: A memory belongs to another model.
             NonFiniteMemoryError: A memory holds NaN or infinity.
             ValueError: The prompt and its answer do not fit the model.
+            DecoderError: An engine in another process refused or lost the request.
         """
+        ...
+
+    def close(self) -> None:
+        """Free what the decoder holds; it answers no more. Closing twice is no error."""
         ...

@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from softrag.batch import collate_prompts
 from softrag.decoder.base import DecodeRequest, DecodeResult
+from softrag.decoder.checks import check_memory
 from softrag.decoder.detokenizer import Detokenizer
-from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.prompt import PromptRow, RagPrompt
@@ -65,6 +65,11 @@ class TorchDecoder:
         """Of the compressor whose memories this decoder reads."""
         return self.model.fingerprint
 
+    @property
+    def joins_requests(self) -> bool:
+        """False: only requests of one call are decoded together."""
+        return False
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         """Count the prompt's tokens without running the model."""
         return len(self._render(question, documents).input_ids)
@@ -85,6 +90,9 @@ class TorchDecoder:
                 yield row.delta
         return row.result()
 
+    def close(self) -> None:
+        """Do nothing: the model goes when nobody holds it."""
+
     def _render(self, question: str, documents: Sequence[Memory | str]) -> PromptRow:
         return self.prompt.render(
             question,
@@ -94,7 +102,7 @@ class TorchDecoder:
     def _row(self, request: DecodeRequest) -> _Row:
         for document in request.documents:
             if isinstance(document, Memory):
-                self._check(document)
+                check_memory(document, fingerprint=self.fingerprint, width=self._width)
         row = _Row(
             request,
             self._render(request.question, request.documents),
@@ -109,20 +117,6 @@ class TorchDecoder:
                 "shorter documents, or lower max_new_tokens."
             )
         return row
-
-    def _check(self, memory: Memory) -> None:
-        if memory.fingerprint != self.fingerprint:
-            raise MemoryMismatchError(
-                f"Memory {memory.key} was made by compressor {memory.fingerprint}, but this "
-                f"decoder reads {self.fingerprint}. Compress the documents again with the loaded "
-                "model, or load the model the memory was made with."
-            )
-        # Checked here as well as when it is made: one NaN in a batch or a shared cache can spoil
-        # answers that have nothing to do with it.
-        if not torch.isfinite(memory.values).all():
-            raise NonFiniteMemoryError(
-                f"Memory {memory.key} holds NaN or infinity. Compress its document again."
-            )
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         batch: list[_Row] = []

@@ -30,6 +30,10 @@ class RecordingDecoder:
     def fingerprint(self) -> str:
         return self.decoder.fingerprint
 
+    @property
+    def joins_requests(self) -> bool:
+        return self.decoder.joins_requests
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         return self.decoder.prompt_tokens(question, documents)
 
@@ -42,6 +46,9 @@ class RecordingDecoder:
         self.batches.append(1)
         self.requests.append(request)
         return (yield from self.decoder.stream(request))
+
+    def close(self) -> None:
+        self.decoder.close()
 
 
 class Events(BaseEventHandler):

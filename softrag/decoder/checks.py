@@ -1,0 +1,45 @@
+"""What a memory must be before a decoder reads it. It knows no engine."""
+
+from __future__ import annotations
+
+import torch
+
+from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
+from softrag.memory import Memory
+
+
+def check_memory(memory: Memory, *, fingerprint: str, width: int) -> None:
+    """Refuse a memory that a decoder must not read.
+
+    Args:
+        memory: What is to be read.
+        fingerprint: Of the compressor whose memories the decoder reads.
+        width: The decoder's hidden size.
+
+    Raises:
+        MemoryMismatchError: The memory belongs to another model.
+        NonFiniteMemoryError: The memory holds NaN or infinity.
+    """
+    if memory.fingerprint != fingerprint:
+        raise MemoryMismatchError(
+            f"Memory {memory.key} was made by compressor {memory.fingerprint}, but this decoder "
+            f"reads {fingerprint}. Compress the documents again with the loaded model, or load "
+            "the model the memory was made with."
+        )
+    values = memory.values
+    if values.ndim != 2 or not len(values) or values.shape[1] != width:
+        raise MemoryMismatchError(
+            f"Memory {memory.key} has values of shape {tuple(values.shape)}; this decoder reads "
+            f"(memory, {width}) with at least one soft token. Compress its document again."
+        )
+    if not values.is_floating_point():
+        raise MemoryMismatchError(
+            f"Memory {memory.key} has {values.dtype} values; expected floating point numbers. "
+            "Compress its document again."
+        )
+    # Checked here as well as when it is made: one NaN in a batch or a shared cache can spoil
+    # answers that have nothing to do with it.
+    if not torch.isfinite(values).all():
+        raise NonFiniteMemoryError(
+            f"Memory {memory.key} holds NaN or infinity. Compress its document again."
+        )
