@@ -10,6 +10,7 @@ from rich.console import Console
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Decoder,
     Device,
     Json,
     MaxNewTokens,
@@ -27,6 +28,7 @@ def ask(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
     max_new_tokens: MaxNewTokens = 128,
@@ -45,7 +47,7 @@ def ask(
 
     wanted = parse_where(where or [])
     console = Console()
-    with load_engine(model, store, device=device) as engine:
+    with load_engine(model, store, device=device, decoder=decoder) as engine:
         stream = engine.stream(
             question,
             k=top_k,

@@ -11,6 +11,7 @@ from rich.console import Console
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Decoder,
     Device,
     Json,
     MaxNewTokens,
@@ -34,6 +35,7 @@ def chat(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
     max_new_tokens: MaxNewTokens = 128,
@@ -48,7 +50,7 @@ def chat(
 
     console = Console()
     sources: list[Hit] = []
-    with load_engine(model, store, device=device) as engine:
+    with load_engine(model, store, device=device, decoder=decoder) as engine:
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)
         for line in _lines(console):

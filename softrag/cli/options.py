@@ -37,6 +37,13 @@ Device = Annotated[
     str | None,
     typer.Option(envvar="SOFTRAG_DEVICE", help="Where the model runs, such as cpu or cuda:0."),
 ]
+Decoder = Annotated[
+    str,
+    typer.Option(
+        envvar="SOFTRAG_DECODER",
+        help="What writes answers: torch, the URL of a vLLM server, or vllm in this process.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many chunks to answer from.")]
 ModeName = Annotated[
@@ -52,6 +59,7 @@ def load_engine(
     store: str,
     *,
     device: str | None,
+    decoder: str = "torch",
     codec: str | None = None,
     load_decoder: bool = True,
     chunk_tokens: int | None = None,
@@ -63,6 +71,7 @@ def load_engine(
         model: Checkpoint.
         store: Folder or URL.
         device: As the option.
+        decoder: As the option.
         codec: Of a new store.
         load_decoder: False to index only.
         chunk_tokens: Longest chunk.
@@ -83,6 +92,7 @@ def load_engine(
         model,
         store=store,
         device=device,
+        decoder=decoder,
         codec=codec,
         load_decoder=load_decoder,
         chunk_tokens=chunk_tokens,

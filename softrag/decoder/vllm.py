@@ -6,6 +6,7 @@ and tokens back (`vllm_server.py`, `vllm_plugin.py`, `vllm_local.py`).
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,13 +85,16 @@ class VLLMDecoder:
     ) -> VLLMDecoder:
         """Use the vLLM server at a URL, or for "vllm" one in this process, with all defaults.
 
+        The server's key, if it has one, is read from the environment variable `VLLM_API_KEY`.
+
         Raises:
             CheckpointError: The checkpoint is damaged or of another kind.
             MissingExtraError: vLLM is wanted in this process and not installed.
             ValueError: `where` is neither.
         """
         if where.startswith(("http://", "https://")):
-            return cls.from_url(checkpoint, where, base_model=base_model)
+            key = os.environ.get("VLLM_API_KEY")
+            return cls.from_url(checkpoint, where, api_key=key, base_model=base_model)
         raise ValueError(
             f"decoder is {where!r}; expected 'torch', 'vllm' or the URL of a vLLM server."
         )
@@ -198,9 +202,10 @@ class VLLMDecoder:
                 delta = answer.push(piece)
                 if delta:
                     yield delta
-                if answer.finish_reason:
-                    return
-        raise DecoderError("vLLM ended an answer without saying why. Ask again.")
+                if answer.finish_reason and not piece.finish_reason:
+                    return  # We see an end that vLLM does not.
+        if not answer.finish_reason:
+            raise DecoderError("vLLM ended an answer without saying why. Ask again.")
 
     def _sampling(self, request: DecodeRequest, tokens_per_message: int) -> dict[str, Any]:
         return {

@@ -1,0 +1,221 @@
+"""A vLLM server on the loopback, for what the default tests lack: its protocol around a tiny model.
+
+It reads requests as vLLM 0.32 does (the same checks, the same words when it refuses), decodes
+greedily, and keeps what came in. `tests/vllm` runs the same client against the real one.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from softrag.model import SoftRAGModel
+
+
+class VLLMStub:
+    """Serves until `close`; `url` is where, `requests` what came in, `embeds` its tensors.
+
+    Attributes:
+        written: Token ids of the last answer.
+        failures: Statuses to answer the next requests with, instead of an answer.
+        breaks_after: Tokens after which a connection is cut; None: never.
+        prompt_embeds: Whether `--enable-prompt-embeds` was given.
+        models: Names served.
+        key: What the client must show; None: nothing.
+        gate: Answers wait until it is set.
+    """
+
+    def __init__(self, model: SoftRAGModel, *, port: int = 0) -> None:
+        self.model = model
+        self.requests: list[dict[str, Any]] = []
+        self.embeds: list[torch.Tensor] = []
+        self.payloads: list[bytes] = []
+        self.written: list[int] = []
+        self.failures: list[int] = []
+        self.breaks_after: int | None = None
+        self.prompt_embeds = True
+        self.models = ["exported"]
+        self.key: str | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.running = self.most_running = 0
+        self.aborted = threading.Event()
+        self._lock = threading.Lock()
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                stub._models(self)
+
+            def do_POST(self) -> None:
+                stub._complete(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            # The default of 5 makes clients that come together wait for a second.
+            request_queue_size = 128
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass  # a client that left
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self.gate.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _models(self, handler: BaseHTTPRequestHandler) -> None:
+        if not self._refused(handler):
+            limit = self.model.decoder.config.max_position_embeddings
+            models = [{"id": name, "max_model_len": limit} for name in self.models]
+            _answer(handler, 200, {"object": "list", "data": models})
+
+    def _complete(self, handler: BaseHTTPRequestHandler) -> None:
+        request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        if self._refused(handler):
+            return
+        self.requests.append(request)
+        try:
+            if request["model"] not in self.models:
+                _refuse(handler, 404, f"The model `{request['model']}` does not exist.")
+                return
+            try:
+                embeds = self._read(request["prompt_embeds"])
+            except ValueError as error:
+                _refuse(handler, 400, str(error))
+                return
+            with self._counted():
+                self.gate.wait(30)
+                handler.send_response(200)
+                handler.send_header("Content-Type", "text/event-stream")
+                handler.send_header("Transfer-Encoding", "chunked")
+                handler.end_headers()
+                for n_tokens, event in self._events(request, embeds):
+                    if self.breaks_after is not None and n_tokens > self.breaks_after:
+                        handler.close_connection = True
+                        return
+                    _chunk(handler, f"data: {json.dumps(event)}\n\n")
+            _chunk(handler, "data: [DONE]\n\n")
+            _chunk(handler, "")
+        except (BrokenPipeError, ConnectionResetError):
+            self.aborted.set()
+            handler.close_connection = True
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self.running += 1
+            self.most_running = max(self.running, self.most_running)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+
+    def _refused(self, handler: BaseHTTPRequestHandler) -> bool:
+        if self.key is not None and handler.headers["Authorization"] != f"Bearer {self.key}":
+            _answer(handler, 401, {"error": "Unauthorized"})
+            return True
+        with self._lock:
+            status = self.failures.pop(0) if self.failures else None
+        if status is not None:
+            _refuse(handler, status, "refused by the test")
+        return status is not None
+
+    def _read(self, data: str) -> torch.Tensor:
+        """Read prompt embeddings as vLLM does, `(tokens, hidden)`."""
+        if not self.prompt_embeds:
+            raise ValueError("You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
+        payload = base64.b64decode(data, validate=True)
+        embeds = torch.load(io.BytesIO(payload), weights_only=True)
+        assert torch.isfinite(embeds).all()
+        with self._lock:
+            self.embeds.append(embeds)
+            self.payloads.append(payload)
+        width = self.model.decoder.config.hidden_size
+        if embeds.shape[1] != width:
+            raise ValueError(
+                f"`prompt_embeds` hidden_size {embeds.shape[1]} does not match the model's "
+                f"hidden_size {width}."
+            )
+        return embeds.float()
+
+    def _events(
+        self, request: dict[str, Any], embeds: torch.Tensor
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield events, and how many tokens there are with each."""
+        written = self.written = []
+        ids: list[int] = []
+        logprobs: list[float] = []
+        for token, logprob in self._decode(embeds):
+            written.append(token)
+            ids.append(token)
+            logprobs.append(logprob)
+            text = self.model.decoder_tokenizer.decode(written, skip_special_tokens=True)
+            reason = None
+            if token in request["stop_token_ids"] or any(stop in text for stop in request["stop"]):
+                reason = "stop"
+            elif len(written) == request["max_tokens"]:
+                reason = "length"
+            if reason or len(written) == 1 or len(ids) >= request["stream_interval"]:
+                choice = {
+                    "index": 0,
+                    "text": "",
+                    "token_ids": ids,
+                    "logprobs": {"token_logprobs": logprobs},
+                    "finish_reason": reason,
+                }
+                yield len(written), {"id": "cmpl-0", "choices": [choice]}
+                ids, logprobs = [], []
+            if reason:
+                return
+
+    @torch.no_grad()
+    def _decode(self, embeds: torch.Tensor) -> Iterator[tuple[int, float]]:
+        """Yield the likeliest tokens and their log-probabilities, without end."""
+        decoder = self.model.decoder
+        cache = DynamicCache(config=decoder.config)
+        inputs: dict[str, torch.Tensor] = {"inputs_embeds": embeds[None]}
+        while True:
+            with self._lock:
+                logits = decoder(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+            token = logits.argmax()
+            yield int(token), float(logits.log_softmax(-1)[token])
+            inputs = {"input_ids": token[None, None]}
+
+
+def _answer(handler: BaseHTTPRequestHandler, status: int, body: object) -> None:
+    data = json.dumps(body).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+def _refuse(handler: BaseHTTPRequestHandler, status: int, message: str) -> None:
+    _answer(handler, status, {"error": {"message": message, "code": status}})
+
+
+def _chunk(handler: BaseHTTPRequestHandler, text: str) -> None:
+    data = text.encode()
+    handler.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
