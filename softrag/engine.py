@@ -425,7 +425,6 @@ class SoftRAG:
 
     def _finish(self, prepared: Prepared) -> Answer:
         return answer_all([prepared], self._generate, self.fallback)[0]
-            MissingExtraError: `decoder` is "vllm" and vLLM is not installed.
 
     def _start(self, prepared: Prepared) -> AnswerStream:
         pieces = stream_answer(prepared, self._need_decoder(), self._generate, self.fallback)
@@ -433,7 +432,8 @@ class SoftRAG:
 
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
         """Answer requests together with those of other threads."""
-        assert self._batcher is not None
+        if self._batcher is None:
+            return self._need_decoder().generate(requests)
         return [self._batcher(request) for request in requests]
 
     def _indexer(self) -> Indexer:
