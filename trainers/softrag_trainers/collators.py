@@ -289,7 +289,7 @@ class PretrainingCollator(MemoryCollator):
         continuation: float = 0.15,
         quotation: float = 0.0,
         cloze: float = 0.0,
-        among: int = 4,
+        among: int = 5,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
