@@ -236,6 +236,27 @@ class TestFineTuningCollator:
         ]
         assert tensors["relevance"][places].tolist() == pytest.approx(expected, nan_ok=True)
 
+    @pytest.mark.parametrize("text_share", [0.0, 1.0])
+    def test_a_teacher_reads_the_same_documents_as_text_up_to_the_same_answer(
+        self, llama, text_share: float
+    ) -> None:
+        rows = [ROW, replace(ROW, id="q2", answers=("Will",), documents=ROW.documents[:2][::-1],
+                             gold=(False, True))]  # fmt: skip
+        as_text = finetuning(llama, min_documents=1, text_share=1.0)(rows)
+
+        tensors = finetuning(llama, min_documents=1, text_share=text_share, teacher=True)(rows)
+
+        assert rows_of(tensors, "teacher") == rows_of(as_text, "decoder")
+        assert torch.equal(tensors["teacher_labels"], as_text["labels"])
+        assert labels_of(tensors) == labels_of(as_text)
+        assert ("compressor_input_ids" in tensors) == (text_share == 0)
+
+    def test_a_teacher_with_another_answer_is_refused(self, llama) -> None:
+        lesson = Lesson([], PromptRow([20, 21], 1), teacher=PromptRow([20, 22], 1))
+
+        with pytest.raises(ValueError, match=r"Fixed\.lesson gives the teacher another answer"):
+            Fixed(config(), llama, llama)([lesson])
+
     def test_models_without_a_rerank_head_are_taught_no_relevance(self, llama) -> None:
         assert "relevance" not in finetuning(llama)([ROW])
 

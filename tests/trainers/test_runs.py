@@ -186,10 +186,12 @@ def test_a_run_that_was_stopped_is_resumed_and_one_that_never_began_is_begun(
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(
     tmp_path: Path, questions: str
 ) -> None:
+    build_model(seed=7).save_pretrained(tmp_path / "teacher")
     arguments = [
         "finetune",
         *tiny_arch(),
         *SHORT_ANSWERS,
+        f"teacher={tmp_path / 'teacher'}",
         f"data.train=[{questions}]",
         f"data.validation=[{questions}]",
         "data.min_documents=1",

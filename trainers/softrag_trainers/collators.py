@@ -39,11 +39,13 @@ class Lesson(NamedTuple):
         prompt: What the decoder reads; it learns from `answer_start` on.
         relevance: Of each document to the question, from 0 to 1, for models with a rerank head;
             empty when nobody said.
+        teacher: What a teacher reads in place of `prompt`, up to the same answer; None: no teacher.
     """
 
     documents: Sequence[DocumentRow]
     prompt: PromptRow
     relevance: Sequence[float] = ()
+    teacher: PromptRow | None = None
 
 
 class MemoryCollator(ABC):
@@ -96,7 +98,8 @@ class MemoryCollator(ABC):
 
         Returns:
             The arguments of `SoftRAGModel.forward`; the prompts are padded on the right. For
-            models with a rerank head also `relevance`, `(documents,)`, NaN where nobody said.
+            models with a rerank head also `relevance`, `(documents,)`, NaN where nobody said; for
+            lessons with a teacher what it reads, as `TextTeacher.compare` takes it.
 
         Raises:
             ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
@@ -115,6 +118,15 @@ class MemoryCollator(ABC):
             "decoder_attention_mask": learned.attention_mask,
             "labels": learned.labels,
         }
+        taught = [lesson.teacher for lesson in lessons if lesson.teacher is not None]
+        if taught:
+            teacher = collate_prompts(taught, self._pad, side="right", learn=True)
+            assert teacher.labels is not None
+            tensors |= {
+                "teacher_input_ids": teacher.input_ids,
+                "teacher_attention_mask": teacher.attention_mask,
+                "teacher_labels": teacher.labels,
+            }
         number_of: dict[tuple[int, ...], int] = {}
         distinct: list[DocumentRow] = []
         relevance: list[float] = []
@@ -148,6 +160,12 @@ class MemoryCollator(ABC):
                 f"placeholders for documents of {soft_tokens} soft tokens. Give the prompt as many "
                 f"as the documents' n_memory add up to. The row: {str(row)[:200]}"
             )
+        teacher = lesson.teacher
+        if teacher is not None and _answer(teacher) != _answer(lesson.prompt):
+            raise ValueError(
+                f"{type(self).__name__}.lesson gives the teacher another answer than the decoder; "
+                f"token by token, they are compared at the same one. The row: {str(row)[:200]}"
+            )
         return lesson
 
     def _with_noise(self, prompt: PromptRow) -> PromptRow:
@@ -157,9 +175,13 @@ class MemoryCollator(ABC):
         words = len(self.decoder_tokenizer) - 2
         read = [
             self.random.randrange(words) if self.random.random() < self.noise else token
-            for token in prompt.input_ids[prompt.answer_start :]
+            for token in _answer(prompt)
         ]
         return PromptRow(prompt.input_ids[: prompt.answer_start] + read, prompt.answer_start)
+
+
+def _answer(prompt: PromptRow) -> list[int]:
+    return prompt.input_ids[prompt.answer_start :]
 
 
 class FineTuningCollator(MemoryCollator):
@@ -173,6 +195,7 @@ class FineTuningCollator(MemoryCollator):
         max_documents: The most; None for all that the row has.
         text_share: Share of questions that read their documents as text, so that one decoder
             answers from both; 1 trains the text baseline.
+        teacher: Whether every lesson comes with the text that a `TextTeacher` reads.
         seed: Of every random choice.
     """
 
@@ -185,12 +208,14 @@ class FineTuningCollator(MemoryCollator):
         min_documents: int = 5,
         max_documents: int | None = None,
         text_share: float = 0.0,
+        teacher: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(config, compressor_tokenizer, decoder_tokenizer, seed=seed)
         self.min_documents = min_documents
         self.max_documents = max_documents
         self.text_share = text_share
+        self.teacher = teacher
 
     def lesson(self, row: QuestionRow) -> Lesson:
         """Compress a question's documents; teach its first answer."""
@@ -199,17 +224,22 @@ class FineTuningCollator(MemoryCollator):
         question, answer = row.question, row.answers[0]
         for_question = question if self.config.query_dependent else None
         rendered = [self.document_prompt.render(text, for_question) for text in documents]
-        if self.random.random() < self.text_share:
+        as_text, from_text = self.random.random() < self.text_share, None
+        if as_text or self.teacher:
             # Cut where the compressor would cut, so that both read the same.
             texts = [
                 cut_text(self.document_prompt, text, document)
                 for text, document in zip(documents, rendered, strict=True)
             ]
-            return Lesson([], self.rag_prompt.render(question, texts, answer))
+            from_text = self.rag_prompt.render(question, texts, answer)
+        teacher = from_text if self.teacher else None
+        if as_text and from_text is not None:
+            return Lesson([], from_text, teacher=teacher)
         lengths = [document.n_memory for document in rendered]
         prompt = self.rag_prompt.render(question, lengths, answer)
         relevance = row.relevance or (row.gold if any(row.gold) else ())
-        return Lesson(rendered, prompt, [float(relevance[i]) for i in chosen if relevance])
+        said = [float(relevance[index]) for index in chosen if relevance]
+        return Lesson(rendered, prompt, said, teacher)
 
     def _choose(self, row: QuestionRow) -> list[int]:
         """Return which documents are read, in the order they are read in."""

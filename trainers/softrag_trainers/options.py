@@ -64,6 +64,8 @@ class Optimizer:
         minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never.
         rerank_weight: What a document's relevance weighs in the loss, an answer token being 1
             (OSCAR, table 7: 0.05).
+        distil_weight: Share of the answers' loss that compares with the teacher, where there is
+            one; the labels have the rest.
     """
 
     compressor_lr: float = 2e-4
@@ -78,6 +80,7 @@ class Optimizer:
     steps: int | None = None
     minutes: float | None = None
     rerank_weight: float = 0.05
+    distil_weight: float = 0.5
 
 
 @dataclass
@@ -195,6 +198,8 @@ class Finetune:
         model: A checkpoint to start from; null: start from the base models of `arch`.
         query_dependent: The compressor reads the question too (OSCAR); null: as the model says.
         rerank: Give a query-dependent model a rerank head, which learns the documents' relevance.
+        teacher: A checkpoint fine-tuned with data.text_share=1, to learn its answers' token
+            distributions from (logit distillation); null: learn from labels alone.
         arch: What to build when there is no model.
         data: Questions.
         optimizer: Learning rates, batch, length.
@@ -205,6 +210,7 @@ class Finetune:
     model: str | None = None
     query_dependent: bool | None = None
     rerank: bool = False
+    teacher: str | None = None
     arch: Architecture = field(default_factory=Architecture)
     data: QuestionData = field(default_factory=QuestionData)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -27,6 +27,7 @@ from softrag_trainers.collators import (
     TextPiece,
     cut_text,
 )
+from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
 from softrag_trainers.options import Architecture, Finetune, Pretrain, PretrainingData, Run
 from softrag_trainers.reranking import score_reranking
@@ -94,6 +95,12 @@ def finetune(options: Finetune) -> SoftRAGModel:
         model.config.query_dependent = options.query_dependent
     if options.rerank:
         model.add_rerank_head()
+    teacher = None
+    if options.teacher is not None:
+        dtype = torch.bfloat16 if computes_in_bf16(run) else torch.float32
+        teacher = TextTeacher(options.teacher, model, dtype=dtype)
+        if run.compile:
+            teacher.compile()
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     collator = FineTuningCollator(
@@ -103,6 +110,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         min_documents=data.min_documents,
         max_documents=data.max_documents,
         text_share=data.text_share,
+        teacher=teacher is not None,
         seed=run.seed,
     )
 
@@ -124,6 +132,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         train_rows=Rows(rows),
         eval_rows=Rows(held_out) if held_out else None,
         score=score if held_out else None,
+        teacher=teacher,
     )
     return _carry_out(trainer, options)
 

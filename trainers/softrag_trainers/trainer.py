@@ -24,6 +24,7 @@ from softrag.batch import IGNORED
 from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
 from softrag_trainers.collators import MemoryCollator
+from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.options import Optimizer, Run
 from softrag_trainers.reranking import rerank_loss
 
@@ -57,6 +58,7 @@ class SoftRAGTrainer(Trainer):
         train_rows: What the collator takes.
         eval_rows: The same, held out.
         score: Called with the model at every evaluation; its figures are logged.
+        teacher: What is learned from beside the labels, by `options.distil_weight`.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class SoftRAGTrainer(Trainer):
         train_rows: Dataset[Any],
         eval_rows: Dataset[Any] | None = None,
         score: Callable[[SoftRAGModel], Scores] | None = None,
+        teacher: TextTeacher | None = None,
     ) -> None:
         self.options = options
+        self.teacher = teacher
         self.budget = _TimeBudget(options.minutes)
         self.watch = _LossWatch(Path(out_dir))
         self.score = score
@@ -116,6 +120,8 @@ class SoftRAGTrainer(Trainer):
             eval_dataset=eval_rows,
             callbacks=[_EpochCount(collator), self.budget, self.watch],
         )
+        if teacher is not None:
+            teacher.model.to(self.args.device)  # type: ignore[arg-type]
         # The loss divides by the labels of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
 
@@ -171,19 +177,26 @@ class SoftRAGTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401 (Trainer's own contract)
-        """Mean loss of the answer tokens, and the rerank head's with its weight."""
-        read = {name: tensor for name, tensor in inputs.items() if name != "relevance"}
+        """Mean loss of the answer tokens, with the teacher's and the rerank head's share."""
+        read = {
+            name: tensor
+            for name, tensor in inputs.items()
+            if name != "relevance" and not name.startswith("teacher_")
+        }
         outputs = model(**read, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
+        items = len(outputs.logits) if num_items_in_batch is None else num_items_in_batch
+        if self.teacher is not None:
+            share = self.options.distil_weight
+            loss = (1 - share) * loss + share * self.teacher.compare(outputs.logits, inputs) / items
         if outputs.scores is not None and "relevance" in inputs:
-            items = len(outputs.logits) if num_items_in_batch is None else num_items_in_batch
             reranking = rerank_loss(outputs.scores, inputs["relevance"])
             loss = loss + self.options.rerank_weight * reranking / items
         if model.training:
             if num_items_in_batch is not None:
                 # Trainer divides over processes by averaging their gradients.
                 loss = loss * self.accelerator.num_processes
-            self.watch.note(loss, inputs)
+            self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
