@@ -40,12 +40,15 @@ class Asked(NamedTuple):
         sources: What to answer from, best first.
         started: `perf_counter` when it was asked.
         retrieve_s: Seconds it took to find the sources.
+        keep: How many of the sources to answer from: those most relevant by the compressor's
+            rerank head, best first. None: all, in their order.
     """
 
     text: str
     sources: Sequence[Source]
     started: float
     retrieve_s: float = 0.0
+    keep: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,10 @@ def prepare(
     started = perf_counter()
     documents: list[list[Memory | str]]
     if mode == "memory":
-        documents = _memories(questions, compressor)
+        made = zip(questions, _memories(questions, compressor), strict=True)
+        ranked = [_rerank(question, memories) for question, memories in made]
+        questions = [question for question, _ in ranked]
+        documents = [[memory for part in parts for memory in part] for _, parts in ranked]
     elif mode == "text":
         documents = [[_text(source) for source in question.sources] for question in questions]
     else:
@@ -159,8 +165,8 @@ def prepare(
 
 def _memories(
     questions: Sequence[Asked], compressor: Compressor | None
-) -> list[list[Memory | str]]:
-    """Return the memories of every question's sources, making those that are missing."""
+) -> list[list[list[Memory]]]:
+    """Return the memories of every question's every source, making those that are missing."""
     pieces: list[str] = []
     asked: list[str] = []
     plan: list[list[Memory | slice]] = []
@@ -180,13 +186,30 @@ def _memories(
     if pieces and compressor is not None:
         made = compressor.compress(pieces, asked if compressor.query_dependent else None)
     return [
-        [
-            memory
-            for step in steps
-            for memory in ([step] if isinstance(step, Memory) else made[step])
-        ]
-        for steps in plan
+        [[step] if isinstance(step, Memory) else made[step] for step in steps] for steps in plan
     ]
+
+
+def _rerank(question: Asked, memories: list[list[Memory]]) -> tuple[Asked, list[list[Memory]]]:
+    """Note how relevant each source is; keep the best where the question says how many."""
+    relevance = [
+        max((memory.relevance for memory in each if memory.relevance is not None), default=None)
+        for each in memories
+    ]
+    sources = [
+        replace(source, relevance=value)
+        if isinstance(source, Hit) and value is not None
+        else source
+        for source, value in zip(question.sources, relevance, strict=True)
+    ]
+    order = list(range(len(sources)))
+    if question.keep is not None:
+        # Stable: equally relevant sources stay in the order they were found in.
+        order = sorted(order, key=lambda place: -(relevance[place] or 0.0))[: question.keep]
+    return (
+        question._replace(sources=[sources[place] for place in order]),
+        [memories[place] for place in order],
+    )
 
 
 def split_for(compressor: Compressor | None, text: str) -> list[str]:

@@ -67,6 +67,7 @@ class Hit:
         n_tokens: Length in compressor tokens.
         start: Character offset of the chunk in its document.
         memory: The chunk's soft tokens, or None when they were not asked for.
+        relevance: To the question, from 0 to 1, by a model with a rerank head; else None.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Hit:
     n_tokens: int = 0
     start: int = 0
     memory: Memory | None = None
+    relevance: float | None = None
 
 
 def chunk_id(source: str | None, text: str) -> str:

@@ -243,6 +243,7 @@ class SoftRAG:
         question: str,
         *,
         k: int = 5,
+        candidates: int | None = None,
         mode: Mode = "memory",
         max_new_tokens: int = 128,
         stop: Sequence[str] | None = None,
@@ -255,6 +256,8 @@ class SoftRAG:
         Args:
             question: The question.
             k: How many chunks to read.
+            candidates: With a checkpoint that has a rerank head, how many of the nearest chunks to
+                choose the `k` most relevant from, in mode "memory"; None for twice `k`.
             mode: "memory" reads their memories, "text" their texts, "closed" reads nothing.
             max_new_tokens: Most tokens of the answer.
             stop: Strings that end the answer.
@@ -264,9 +267,10 @@ class SoftRAG:
 
         Raises:
             StoreError: The store is empty.
+            ValueError: `candidates` are fewer than `k`, or the checkpoint has no rerank head.
         """
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
-        found = self._find(question, k=k, mode=mode, where=where)
+        found = self._find(question, k, candidates, mode, where)
         return self._finish(self._prepare([found], mode, decoding)[0])
 
     def stream(
@@ -274,6 +278,7 @@ class SoftRAG:
         question: str,
         *,
         k: int = 5,
+        candidates: int | None = None,
         mode: Mode = "memory",
         max_new_tokens: int = 128,
         stop: Sequence[str] | None = None,
@@ -283,7 +288,7 @@ class SoftRAG:
     ) -> AnswerStream:
         """Answer in pieces of text; arguments and errors as in `ask`."""
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
-        found = self._find(question, k=k, mode=mode, where=where)
+        found = self._find(question, k, candidates, mode, where)
         return self._start(self._prepare([found], mode, decoding)[0])
 
     def ask_many(
@@ -291,6 +296,7 @@ class SoftRAG:
         questions: Sequence[str],
         *,
         k: int = 5,
+        candidates: int | None = None,
         mode: Mode = "memory",
         max_new_tokens: int = 128,
         stop: Sequence[str] | None = None,
@@ -303,7 +309,7 @@ class SoftRAG:
         Timings of compressing and the total are those of the whole batch.
         """
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
-        found = [self._find(question, k=k, mode=mode, where=where) for question in questions]
+        found = [self._find(question, k, candidates, mode, where) for question in questions]
         prepared = self._prepare(found, mode, decoding)
         return answer_all(prepared, self._need_decoder().generate, self.fallback)
 
@@ -403,15 +409,27 @@ class SoftRAG:
             )
         return hits
 
-    def _find(self, question: str, *, k: int, mode: Mode, where: Where) -> Asked:
+    def _find(
+        self, question: str, k: int, candidates: int | None, mode: Mode, where: Where
+    ) -> Asked:
         check_mode(mode)
+        reranks = self.compressor is not None and self.compressor.reranks
+        if candidates is not None and (candidates < k or not reranks):
+            raise ValueError(
+                f"candidates must be at least k ({k}), found {candidates}."
+                if reranks
+                else "This checkpoint has no rerank head to choose from candidates with: leave "
+                "candidates out, or fine-tune with query_dependent=true rerank=true."
+            )
         started = perf_counter()
         if mode == "closed":
             return Asked(question, [], started)
         # Memories for a question are made when it is asked; text needs none.
         stored = mode == "memory" and not (self.compressor and self.compressor.query_dependent)
-        hits = self._search(question, k, where, with_memories=stored)
-        return Asked(question, hits, started, perf_counter() - started)
+        keep = k if reranks and mode == "memory" else None
+        found = k if keep is None else candidates or 2 * k
+        hits = self._search(question, found, where, with_memories=stored)
+        return Asked(question, hits, started, perf_counter() - started, keep)
 
     def _prepare(self, found: Sequence[Asked], mode: Mode, decoding: Decoding) -> list[Prepared]:
         looks = self.fallback is not None and self.fallback.with_state and mode == "memory"

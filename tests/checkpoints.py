@@ -36,10 +36,11 @@ def build_model(family: str | Path = "Llama", *, seed: int = 0, **changes: Any) 
 
 
 @cache
-def build_checkpoint(*, seed: int = 0, query_dependent: bool = False) -> Path:
+def build_checkpoint(*, seed: int = 0, query_dependent: bool = False, rerank: bool = False) -> Path:
     """Save a tiny model and return its folder, which lives as long as the process."""
     parent = tempfile.TemporaryDirectory(prefix="softrag-checkpoint-")
     atexit.register(parent.cleanup)
     folder = Path(parent.name) / "checkpoint"
-    build_model(seed=seed, query_dependent=query_dependent).save_pretrained(folder)
+    changes = {"query_dependent": query_dependent, "rerank": rerank}
+    build_model(seed=seed, **changes).save_pretrained(folder)
     return folder

@@ -39,6 +39,7 @@ def hit_values(hit: Hit) -> dict[str, Any]:
     return {
         "id": hit.id,
         "score": hit.score,
+        "relevance": hit.relevance,
         "source": hit.source,
         "title": hit.title,
         "text": hit.text,

@@ -512,6 +512,54 @@ def test_query_dependent_memories_are_made_for_each_question(tmp_path):
         assert many[0].text == answer.text
 
 
+def test_a_rerank_head_chooses_what_is_read_among_more_candidates():
+    with SoftRAG.from_pretrained(
+        build_checkpoint(query_dependent=True, rerank=True),
+        embedder=HashingEmbedder(),
+        device="cpu",
+    ) as engine:
+        engine.add(DOCUMENTS)
+        found = engine.retrieve(QUESTION, k=8)
+        memories = engine.compressor.compress(
+            [document_text(hit.title, hit.text) for hit in found], [QUESTION] * 8
+        )
+        relevance = {hit.id: memory.relevance for hit, memory in zip(found, memories, strict=True)}
+
+        def best(candidates: int) -> list[str]:
+            return sorted((hit.id for hit in found[:candidates]), key=lambda i: -relevance[i])[:3]
+
+        chosen = engine.ask(QUESTION, k=3, candidates=8, max_new_tokens=4)
+        usual = engine.ask(QUESTION, k=3, max_new_tokens=4)
+
+        assert [hit.id for hit in chosen.sources] == best(8) != [hit.id for hit in found[:3]]
+        assert [hit.id for hit in usual.sources] == best(6)
+        for hit in chosen.sources:
+            assert hit.relevance == pytest.approx(relevance[hit.id], rel=1e-3)
+        # Fewer soft tokens are read than were made.
+        read = [m for hit, m in zip(found, memories, strict=True) if hit.id in best(8)]
+        assert chosen.usage.soft_tokens == sum(map(len, read))
+        (many,) = engine.ask_many([QUESTION], k=3, candidates=8, max_new_tokens=4)
+        stream = engine.stream(QUESTION, k=3, candidates=8, max_new_tokens=4)
+        assert many.text == chosen.text == "".join(stream)
+        assert [hit.id for hit in stream.sources] == best(8)
+        # Given sources keep their order, and text is read as it was found.
+        given = engine.answer_from(QUESTION, found[:3], max_new_tokens=4)
+        assert [hit.id for hit in given.sources] == [hit.id for hit in found[:3]]
+        assert given.sources[0].relevance == pytest.approx(relevance[found[0].id], rel=1e-3)
+        text = engine.ask(QUESTION, k=3, mode="text", max_new_tokens=4)
+        assert [(hit.id, hit.relevance) for hit in text.sources] == [
+            (hit.id, None) for hit in found[:3]
+        ]
+        with pytest.raises(ValueError, match=r"candidates must be at least k \(3\), found 2"):
+            engine.ask(QUESTION, k=3, candidates=2)
+
+
+def test_candidates_are_refused_without_a_rerank_head(engine):
+    with pytest.raises(ValueError, match=r"no rerank head .* rerank=true"):
+        engine.ask(QUESTION, candidates=10)
+    assert all(hit.relevance is None for hit in engine.ask(QUESTION, max_new_tokens=1).sources)
+
+
 # Parts
 
 
