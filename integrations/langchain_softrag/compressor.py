@@ -10,9 +10,9 @@ from langchain_core.documents import BaseDocumentCompressor, BaseDocumentTransfo
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 
-from langchain_softrag.documents import HANDLE_FIELD, text_of, to_document
+from langchain_softrag.documents import HANDLE_FIELD, RELEVANCE_FIELD, text_of, to_document
 from softrag import Document as SourceDocument
-from softrag import SoftRAG, make_handle, memory_key
+from softrag import SoftRAG, find_handles, make_handle, memory_key
 
 
 class SoftRAGCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
@@ -31,11 +31,16 @@ class SoftRAGCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             store.add_documents(compressor.split_documents(loader.load()))
             compressor.compress_documents(bm25_retriever.invoke(question), question)
 
+    A checkpoint with a rerank head also ranks the documents: they come back the most relevant
+    first, with `relevance_score` (0 to 1) in their metadata.
+
     Args:
         engine: Holds the model, the store and the cache.
+        top_n: Keep the first so many, reranked or as they came; None keeps all.
     """
 
     engine: SoftRAG = Field(exclude=True, repr=False)
+    top_n: int | None = Field(default=None, ge=1)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -63,13 +68,13 @@ class SoftRAGCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return documents with handles of memories, which a query-dependent model makes for it."""
-        return self._attach(documents, query)
+        return self._rank(self._attach(documents, query))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Do as `compress_documents`, without blocking the event loop."""
-        return await run_in_executor(self.engine.threads, self._attach, documents, query)
+        return await run_in_executor(self.engine.threads, self.compress_documents, documents, query)
 
     def _attach(self, documents: Sequence[Document], question: str | None) -> list[Document]:
         engine = self.engine
@@ -103,6 +108,19 @@ class SoftRAGCompressor(BaseDocumentCompressor, BaseDocumentTransformer):
             piece.model_copy(update={"metadata": {**piece.metadata, HANDLE_FIELD: handle}})
             for piece, handle in zip(pieces, map(make_handle, keys), strict=True)
         ]
+
+    def _rank(self, documents: list[Document]) -> list[Document]:
+        if self.engine.compressor is not None and self.engine.compressor.reranks:
+            documents = [self._with_relevance(document) for document in documents]
+            documents.sort(key=lambda document: -document.metadata[RELEVANCE_FIELD])
+        return documents[: self.top_n]
+
+    def _with_relevance(self, document: Document) -> Document:
+        [key] = find_handles(document.metadata[HANDLE_FIELD])
+        [memory] = self.engine.resolve([key])
+        return document.model_copy(
+            update={"metadata": {**document.metadata, RELEVANCE_FIELD: memory.relevance}}
+        )
 
     def _make(self, texts: list[str], question: str | None) -> None:
         if self.engine.compressor is None:

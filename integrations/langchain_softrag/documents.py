@@ -17,6 +17,9 @@ from softrag import Chunk, Hit, chunk_id, document_text
 HANDLE_FIELD = "softrag_memory"
 """Metadata of a retrieved document that holds its memory's handle."""
 
+RELEVANCE_FIELD = "relevance_score"
+"""Metadata with a document's relevance to the question, named as LangChain's rerankers name it."""
+
 
 def text_of(document: Document) -> str:
     """Return what is compressed of a document: its title, if it has one, and its text."""

@@ -96,6 +96,11 @@ class Memories:
         """Whether every memory is made for one question."""
         return self._compressor is not None and self._compressor.query_dependent
 
+    @property
+    def reranks(self) -> bool:
+        """Whether memories come with their document's relevance to the question."""
+        return self._compressor is not None and self._compressor.reranks
+
     def key(self, hit: Hit, question: str | None = None) -> str:
         """Return the content address of a chunk's memory."""
         return memory_key(self.fingerprint, document_text(hit.title, hit.text), question)
@@ -124,6 +129,25 @@ class Memories:
             NodeWithScore(node=self._view(each, hit, key), score=each.score)
             for each, hit, key in zip(scored, hits, keys, strict=True)
         ]
+
+    def rerank(self, scored: Sequence[NodeWithScore], question: str) -> list[NodeWithScore]:
+        """Return nodes by their relevance to the question, which becomes their score.
+
+        For models with a rerank head. Nodes that are longer than one memory come last, in their
+        order and with the score they had.
+        """
+        hits = [to_hit(each) for each in scored]
+        keys = [self.key(hit, question) for hit in hits]
+        self._make_missing(hits, keys, question)
+        memories = self._lookup(keys)
+        known, unknown = [], []
+        for each, key in zip(scored, keys, strict=True):
+            relevance = memories[key].relevance if key in memories else None
+            if relevance is None:
+                unknown.append(each)
+            else:
+                known.append(NodeWithScore(node=each.node, score=relevance))
+        return sorted(known, key=lambda each: -(each.score or 0.0)) + unknown
 
     def is_handle(self, text: str) -> bool:
         """Tell a handle of a retrieved node from text that looks like one."""

@@ -23,11 +23,12 @@ class SoftRAGPostprocessor(BaseNodePostprocessor):
     A node's text for a language model becomes the handle of its memory, which `SoftRAGLLM` reads;
     for everything else the node keeps its text. This is what the chat modes "context" and
     "condense_plus_context" need, which bring their own synthesizer. Query-dependent checkpoints
-    (OSCAR) compress here, for the question.
+    (OSCAR) compress here, for the question; one with a rerank head also reranks: nodes come back
+    the most relevant first, with their relevance (0 to 1) as the score.
 
     Args:
         engine: The engine.
-        top_n: Keep the best by score; None keeps all, in their order.
+        top_n: Keep the best by score; None keeps all, reranked or in their order.
     """
 
     top_n: int | None = Field(default=None, ge=1)
@@ -69,7 +70,9 @@ class SoftRAGPostprocessor(BaseNodePostprocessor):
             },
         ) as event:
             kept = nodes
-            if self.top_n is not None:
+            if memories.reranks:
+                kept = memories.rerank(nodes, question)[: self.top_n]
+            elif self.top_n is not None:
                 # Stable: nodes of equal or no score keep their order.
                 kept = sorted(nodes, key=lambda each: -(each.score or 0.0))[: self.top_n]
             views = memories.view(kept, question)

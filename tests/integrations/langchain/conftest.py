@@ -48,7 +48,10 @@ def store() -> Iterator[SoftRAGQdrantVectorStore]:
 def open_engine(store: str | Path = ":memory:", **options: bool) -> SoftRAG:
     """Open a tiny engine."""
     return SoftRAG.from_pretrained(
-        build_checkpoint(query_dependent=options.pop("query_dependent", False)),
+        build_checkpoint(
+            query_dependent=options.pop("query_dependent", False),
+            rerank=options.pop("rerank", False),
+        ),
         store=store,
         embedder=HashingEmbedder(),
         device="cpu",

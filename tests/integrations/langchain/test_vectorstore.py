@@ -395,6 +395,38 @@ def test_a_query_dependent_model_makes_memories_for_each_question():
             compressor.transform_documents([one])
 
 
+async def test_a_rerank_head_sorts_documents_and_says_how_relevant_they_are():
+    with open_engine(query_dependent=True, rerank=True) as engine:
+        store = SoftRAGQdrantVectorStore(engine)
+        store.add_texts(SENTENCES)
+        question = "Where is Paris?"
+        found = store.similarity_search(question, k=5)
+        texts = [document.page_content for document in found]
+        memories = engine.compressor.compress(texts, [question] * 5)
+        relevance = {text: m.relevance for text, m in zip(texts, memories, strict=True)}
+        best = sorted(texts, key=lambda text: -relevance[text])
+        assert best != texts
+
+        every = SoftRAGCompressor(engine=engine).compress_documents(found, question)
+        kept = await SoftRAGCompressor(engine=engine, top_n=2).acompress_documents(found, question)
+
+        assert [document.page_content for document in every] == best
+        assert [document.metadata["relevance_score"] for document in every] == pytest.approx(
+            [relevance[text] for text in best], rel=1e-3
+        )
+        assert kept == every[:2]
+        assert "relevance_score" not in found[0].metadata
+
+
+def test_top_n_keeps_the_first_documents_of_a_model_that_does_not_rerank(store):
+    store.add_texts(SENTENCES)
+    found = store.similarity_search("Where is Paris?", k=3)
+
+    kept = SoftRAGCompressor(engine=store.engine, top_n=2).compress_documents(found, "?")
+
+    assert [document.id for document in kept] == [document.id for document in found[:2]]
+
+
 async def test_everything_works_async(store):
     await asyncio.gather(
         *(store.aadd_texts([text], ids=[str(n)]) for n, text in enumerate(SENTENCES))

@@ -26,11 +26,9 @@ DOCUMENTS = [
 ]
 
 
-def open_engine(store="memory", *, query_dependent: bool = False) -> SoftRAG:
+def open_engine(store="memory", **kind: bool) -> SoftRAG:
     """Open a tiny engine whose decoder writes down its batch sizes."""
-    model = SoftRAGModel.from_pretrained(
-        build_checkpoint(query_dependent=query_dependent), device="cpu"
-    )
+    model = SoftRAGModel.from_pretrained(build_checkpoint(**kind), device="cpu")
     embedder = HashingEmbedder()
     lock = threading.Lock()
     return SoftRAG(

@@ -16,7 +16,7 @@ from llama_index.core.llms.mock import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
-from llama_index.core.schema import Document
+from llama_index.core.schema import Document, NodeWithScore, TextNode
 from llama_index.core.tools import QueryEngineTool, ToolSelection
 
 from llama_index_softrag import (
@@ -228,6 +228,31 @@ def test_memories_are_made_for_the_question():
             assert memory_documents(oscar) == keys
         with pytest.raises(ValueError, match="give query_bundle or query_str"):
             postprocessor.postprocess_nodes(response.source_nodes)
+
+
+def test_a_rerank_head_scores_and_sorts_the_nodes():
+    with open_engine(query_dependent=True, rerank=True) as oscar:
+        oscar.add(SENTENCES)
+        nodes = index_of(oscar).as_retriever(similarity_top_k=6).retrieve(QUESTION)
+        memories = oscar.compressor.compress([each.text for each in nodes], [QUESTION] * 6)
+        relevance = {n.node_id: m.relevance for n, m in zip(nodes, memories, strict=True)}
+        best = sorted(relevance, key=lambda node_id: -relevance[node_id])
+        assert best != list(relevance)
+
+        kept = SoftRAGPostprocessor(oscar, top_n=2).postprocess_nodes(nodes, query_str=QUESTION)
+        every = SoftRAGPostprocessor(oscar).postprocess_nodes(nodes, query_str=QUESTION)
+
+        assert [each.node_id for each in kept] == best[:2]
+        assert [each.node_id for each in every] == best
+        assert [each.score for each in every] == pytest.approx(
+            [relevance[node_id] for node_id in best], rel=1e-3
+        )
+        too_long = NodeWithScore(node=TextNode(text=" ".join(SENTENCES)), score=0.5)
+        mixed = SoftRAGPostprocessor(oscar).postprocess_nodes(
+            [too_long, *nodes], query_str=QUESTION
+        )
+        assert [each.node_id for each in mixed] == [*best, too_long.node_id]
+        assert mixed[-1].score == 0.5
 
 
 def test_the_postprocessor_keeps_the_best(softrag):
