@@ -52,5 +52,5 @@ $(DEMO_READY):
 
 $(DEV_READY): $(DEMO_READY)
 	@echo "Adding the development tools to .venv"
-	@$(PIP) --editable '.[demo,dev,eval,langchain,llama-index,train]'
+	@$(PIP) --editable '.[demo,dev,eval,langchain,llama-index,serve,train]'
 	@touch $@

@@ -20,7 +20,7 @@ from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
 from softrag.documents import Chunk, Document, Hit
 from softrag.embedder import Embedder, default_embedder
-from softrag.errors import StoreError
+from softrag.errors import EmptyStoreError
 from softrag.fallback import answer_all, stream_answer
 from softrag.handles import MemoryCache
 from softrag.indexing import Indexer
@@ -234,7 +234,7 @@ class SoftRAG:
                 Qdrant filter.
 
         Raises:
-            StoreError: The store is empty.
+            EmptyStoreError: The store is empty.
         """
         return self._search(question, k, where, with_memories=True)
 
@@ -266,7 +266,7 @@ class SoftRAG:
             seed: Makes sampling repeatable.
 
         Raises:
-            StoreError: The store is empty.
+            EmptyStoreError: The store is empty.
             ValueError: `candidates` are fewer than `k`, or the checkpoint has no rerank head.
         """
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
@@ -403,7 +403,7 @@ class SoftRAG:
         embedding = self.embedder.embed_query(question)
         hits = self.store.search(embedding, k, where=where, with_memories=with_memories)
         if not hits and not self.store.count():
-            raise StoreError(
+            raise EmptyStoreError(
                 "The store is empty, so there is nothing to answer from. Add documents first "
                 "(SoftRAG.add, or `softrag index PATH`), or ask in mode 'closed'."
             )

@@ -8,6 +8,7 @@
   x PlaceholderMismatchError soft tokens and `<MEM>` placeholders differ in number
   x DecoderError             a decode engine is not there, refused or lost a request
   x StoreError               the vector store refused or lost an operation
+    · EmptyStoreError        the store holds nothing to answer from
   x UnknownHandleError       a memory handle is not in the cache or the store
   x UnreadableFileError      a source file cannot be parsed
   x EmptyDocumentError       a document has no text
@@ -47,6 +48,10 @@ class DecoderError(SoftRAGError):
 
 class StoreError(SoftRAGError):
     """The vector store refused or lost an operation."""
+
+
+class EmptyStoreError(StoreError):
+    """The store holds nothing to answer from."""
 
 
 class UnknownHandleError(SoftRAGError, KeyError):

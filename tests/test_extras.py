@@ -58,7 +58,7 @@ def test_the_extra_that_a_message_names_brings_the_module(module, extra):
 def test_every_constraint_is_exact_and_covers_what_is_declared():
     core, extras = declared()
     # What the Makefile installs; the others need a GPU or a server.
-    wanted = core.union(*(extras[name] for name in extras.keys() - {"vllm", "flash", "serve"}))
+    wanted = core.union(*(extras[name] for name in extras.keys() - {"vllm", "flash"}))
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softrag.cli import ask, chat, demo, evaluate, index, info
+from softrag.cli import ask, chat, demo, evaluate, index, info, serve
 from softrag.errors import SoftRAGError
 
 
@@ -48,6 +48,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 
 
