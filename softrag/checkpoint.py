@@ -310,6 +310,14 @@ def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = N
     return digest.hexdigest()
 
 
+def fingerprint_at_rate(own: str, rate: int) -> str:
+    """Return the fingerprint of a model that is asked for another rate than its config's.
+
+    It follows from the model's own alone, so that a decoder without a compressor knows it too.
+    """
+    return blake2b(f"{own} at rate {rate}".encode(), digest_size=16).hexdigest()
+
+
 def check_fingerprint(model: SoftRAGModel, folder: Path) -> None:
     """Compare a loaded compressor with the fingerprint in its config.json.
 

@@ -36,6 +36,8 @@ class SoftRAGConfig(PreTrainedConfig):
         compressor_layers: Keep only the first so many layers of the compressor; None keeps all
             (OSCAR, section 3: "N-layers" compressors).
         rate: Document tokens per soft token; 16 turns 128 tokens into 8.
+        rates: The rates it was trained at, where they are several: any of them may be asked for
+            when loading. None: `rate` alone.
         memory_tokens: A fixed number of soft tokens for every document; None makes it proportional,
             `ceil(tokens / rate)`.
         max_document_tokens: The longest document one memory holds, in compressor tokens.
@@ -67,6 +69,7 @@ class SoftRAGConfig(PreTrainedConfig):
     compressor_config: dict[str, Any] | None = None
     compressor_layers: int | None = None
     rate: int = 16
+    rates: list[int] | None = None
     memory_tokens: int | None = None
     max_document_tokens: int = 256
     query_dependent: bool = False
@@ -86,6 +89,16 @@ class SoftRAGConfig(PreTrainedConfig):
         if self.rate < 1:
             raise ValueError(
                 f"rate is {self.rate}; it must be 1 or more document tokens per soft token."
+            )
+        if self.rates is not None and self.rate not in self.rates:
+            raise ValueError(
+                f"rate is {self.rate}, which is not among the rates {self.rates}; add it there, or "
+                "choose one of them."
+            )
+        if self.rates is not None and (min(self.rates) < 1 or self.memory_tokens is not None):
+            raise ValueError(
+                f"rates is {self.rates} and memory_tokens {self.memory_tokens}; several rates must "
+                "be 1 or more each, and documents have no fixed number of soft tokens."
             )
         if self.memory_tokens is not None and self.memory_tokens < 1:
             raise ValueError(f"memory_tokens is {self.memory_tokens}; use None or at least 1.")

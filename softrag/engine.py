@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -114,6 +115,7 @@ class SoftRAG:
         base_model: str | Path | None = None,
         decoder: Decoder | str = "torch",
         chunk_tokens: int | None = None,
+        rate: int | None = None,
         fallback: Router | str | Path | None = None,
     ) -> SoftRAG:
         """Load a checkpoint and open a store.
@@ -132,6 +134,8 @@ class SoftRAG:
                 serves the exported decoder (`docs/vllm.md`); "vllm" in this process, where vLLM
                 is installed; or a decoder of your own.
             chunk_tokens: As in the class.
+            rate: Document tokens per soft token, one of those the checkpoint was trained at; None
+                for its own. A store holds memories of one rate.
             fallback: A router, or the file that `softrag eval --calibrate` wrote; None for none.
 
         Raises:
@@ -149,6 +153,7 @@ class SoftRAG:
             load_decoder=load_decoder and decoder == "torch",
             load_compressor=load_compressor,
             device=device,
+            rate=rate,
         )
         embedder = embedder or default_embedder()
         if not isinstance(store, MemoryStore):
@@ -165,6 +170,8 @@ class SoftRAG:
             decoder = TorchDecoder(model, lock=lock)
         elif isinstance(decoder, str) and load_decoder:
             decoder = VLLMDecoder.open(decoder, checkpoint, base_model=base_model)
+            # Of the rate that was asked for.
+            decoder.prompts = replace(decoder.prompts, fingerprint=model.fingerprint)
         return cls(
             store=store,
             embedder=embedder,

@@ -318,6 +318,7 @@ class SoftRAGModel(PreTrainedModel):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         revision: str | None = None,
+        rate: int | None = None,
     ) -> SoftRAGModel:
         """Load a trained model from a folder or from the hub.
 
@@ -330,13 +331,27 @@ class SoftRAGModel(PreTrainedModel):
                 and bfloat16 for a separate compressor where the CPU is fast at it.
             device: Where to; None: the first GPU, else the CPU.
             revision: Of a hub checkpoint.
+            rate: Document tokens per soft token, one of those the checkpoint was trained at; None
+                for its own. Memories of different rates have different fingerprints.
 
         Raises:
             CheckpointError: A file is missing, damaged or of another kind, or the base model is
                 not the one the checkpoint was trained on.
+            ValueError: The checkpoint was not trained at this rate.
         """
         folder = checkpoint.locate(pretrained_model_name_or_path, revision=revision)
         config = checkpoint.read_config(folder)
+        trained_at = config.rates or [config.rate]
+        if rate is not None and (rate not in trained_at or config.memory_tokens is not None):
+            raise ValueError(
+                f"rate {rate} was asked for, but {folder} was trained "
+                + (
+                    f"at {', '.join(map(str, trained_at))} document tokens per soft token. Use "
+                    "one of them, or train with data.rates."
+                    if config.memory_tokens is None
+                    else f"for {config.memory_tokens} soft tokens, whatever the document's length."
+                )
+            )
         if base_model is not None:
             config.decoder = str(base_model)
             if not config.shares_backbone and config.compressor_config == config.decoder_config:
@@ -372,6 +387,9 @@ class SoftRAGModel(PreTrainedModel):
         if model.decoder is not None:
             model.decoder.to(decoder_dtype)
         model.to(target)  # type: ignore[arg-type]
+        if rate is not None and rate != config.rate:
+            model._fingerprint = checkpoint.fingerprint_at_rate(model.fingerprint, rate)
+            config.rate = rate
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]

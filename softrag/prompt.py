@@ -84,10 +84,12 @@ class DocumentPrompt:
     Attributes:
         tokenizer: The compressor's, with `<MEM>` (and `<RR>`) added.
         config: Gives the texts, the rate and the length limit.
+        rate: Document tokens per soft token; None: the config's.
     """
 
     tokenizer: PreTrainedTokenizerBase
     config: SoftRAGConfig
+    rate: int | None = None
 
     @classmethod
     def from_config(
@@ -104,7 +106,7 @@ class DocumentPrompt:
         """Return how many soft tokens a document of so many tokens becomes."""
         if self.config.memory_tokens is not None:
             return self.config.memory_tokens
-        return memory_length(n_document_tokens, self.config.rate)
+        return memory_length(n_document_tokens, self.rate or self.config.rate)
 
     def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:
         """Lay out one document for the compressor.

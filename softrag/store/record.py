@@ -82,8 +82,8 @@ class StoreRecord:
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise MemoryMismatchError(
                 f"{place} holds memories of the model {self.fingerprint}, but the loaded model is "
-                f"{fingerprint}. Load the model the store was built with, or index the documents "
-                "again into a new store."
+                f"{fingerprint}. Load the model the store was built with, at the same rate, or "
+                "index the documents again into a new store."
             )
         if embedder is not None and embedder != self.embedder:
             raise MemoryMismatchError(

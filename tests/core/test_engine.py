@@ -560,6 +560,35 @@ def test_candidates_are_refused_without_a_rerank_head(engine):
     assert all(hit.relevance is None for hit in engine.ask(QUESTION, max_new_tokens=1).sources)
 
 
+# Rates
+
+
+def test_stores_of_different_rates_are_kept_apart(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    build_model(rates=[2, 4, 8]).save_pretrained(checkpoint)
+
+    def at_rate(rate: int | None, **options) -> SoftRAG:
+        return SoftRAG.from_pretrained(
+            checkpoint,
+            store=tmp_path / "store",
+            embedder=HashingEmbedder(),
+            device="cpu",
+            rate=rate,
+            **options,
+        )
+
+    with at_rate(8) as engine:
+        engine.add(DOCUMENTS)
+        answer = engine.ask(QUESTION, k=2, max_new_tokens=4)
+        tokens = [hit.memory.n_document_tokens for hit in answer.sources]
+        assert answer.usage.soft_tokens == sum(-(-length // 8) for length in tokens)
+    for other in (None, 4, 2):
+        with pytest.raises(MemoryMismatchError, match="at the same rate"):
+            at_rate(other)
+    with at_rate(8, load_compressor=False) as engine:
+        assert engine.ask(QUESTION, k=2, max_new_tokens=4).text == answer.text
+
+
 # Parts
 
 

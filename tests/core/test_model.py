@@ -125,6 +125,54 @@ def test_a_head_added_to_a_trained_model_starts_undecided_and_is_saved(
     assert set(loaded.trained_state()) >= {"rerank_embedding", "rerank_head.weight"}
 
 
+def test_a_model_of_several_rates_is_asked_at_any_of_them_and_never_mixes_them(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = build(tiny_llama, rates=[2, 4, 8])
+    shake(model)
+    model.save_pretrained(tmp_path)
+
+    loaded = {
+        rate: SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32, rate=rate)
+        for rate in (None, 2, 4, 8)
+    }
+
+    tokens = len(model.compressor_tokenizer.encode(TEXTS[1], add_special_tokens=False))
+    for rate, each in loaded.items():
+        assert len(each.compress(*documents(each, TEXTS[1:]))) == -(-tokens // (rate or 4))
+    fingerprints = {rate: each.fingerprint for rate, each in loaded.items()}
+    assert fingerprints[None] == fingerprints[4] == model.fingerprint
+    assert len(set(fingerprints.values())) == 3
+    decoder = SoftRAGModel.from_pretrained(tmp_path, load_compressor=False, rate=8)
+    assert decoder.fingerprint == fingerprints[8]
+    again = SoftRAGModel.from_pretrained(tmp_path, rate=8)
+    assert again.fingerprint == fingerprints[8]
+    with pytest.raises(ValueError, match=r"rate 16 .* trained at 2, 4, 8 document tokens"):
+        SoftRAGModel.from_pretrained(tmp_path, rate=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": [8, 16], "rate": 4}, r"rate is 4, which is not among the rates \[8, 16\]"),
+        ({"rates": [0, 4], "rate": 4}, "must be 1 or more each"),
+        ({"rates": [4], "rate": 4, "memory_tokens": 8}, "memory_tokens 8"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SoftRAGConfig(**changes)
+
+
+def test_another_rate_of_a_fixed_number_of_soft_tokens_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    build(tiny_llama, memory_tokens=3).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="trained for 3 soft tokens, whatever"):
+        SoftRAGModel.from_pretrained(tmp_path, rate=4)
+
+
 def test_reranking_without_a_question_is_refused() -> None:
     with pytest.raises(ValueError, match="needs query_dependent"):
         SoftRAGConfig(rerank=True)

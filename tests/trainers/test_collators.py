@@ -88,6 +88,24 @@ class Fixed(MemoryCollator):
 
 
 class TestMemoryCollator:
+    def test_each_lesson_has_a_rate_of_the_models_its_whole_row_long(self, llama) -> None:
+        several = config(rate=4, rates=[2, 4, 8])
+        rows = [replace(ROW, id=f"q{number}") for number in range(30)]
+        memory = token_id(llama, "<MEM>")
+        lengths = [len(llama.encode(t, add_special_tokens=False)) for t in ROW.documents]
+        expected = {rate: sum(-(-length // rate) for length in lengths) for rate in (2, 4, 8)}
+
+        tensors = FineTuningCollator(several, llama, llama)(rows)
+
+        counts = [row.count(memory) for row in rows_of(tensors, "decoder")]
+        assert set(counts) == set(expected.values())
+        # A document is compressed once for every number of soft tokens.
+        distinct = {(length, -(-length // rate)) for length in lengths for rate in (2, 4, 8)}
+        assert len(tensors["compressor_input_ids"]) == len(distinct)
+        pieces = [TextPiece(([n, *range(20)],)) for n in range(30)]
+        learned = PretrainingCollator(several, llama, llama, continuation=0)(pieces)
+        assert {row.count(memory) for row in rows_of(learned, "decoder")} == {11, 6, 3}
+
     def test_rows_become_padded_tensors_with_labels_on_what_is_learned(self, llama) -> None:
         documents = DocumentPrompt.from_config(config(), llama)
         bos, memory = llama.bos_token_id, token_id(llama, "<MEM>")

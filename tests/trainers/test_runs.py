@@ -200,6 +200,8 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         "optimizer.minutes=1000",
         "query_dependent=true",
         "rerank=true",
+        "rate=8",
+        "data.rates=[8,4]",
     ]
     launched = subprocess.run(
         [
@@ -217,6 +219,8 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
     assert launched.returncode == 0, launched.stderr
     assert main([*arguments, f"out_dir={tmp_path / 'one'}"]) == 0
 
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (config["rate"], config["rates"]) == (8, [4, 8])
     for name in ("loss", "grad_norm", "eval_loss", "eval_rerank_mrr"):
         assert logged(tmp_path / "two", name) == pytest.approx(
             logged(tmp_path / "one", name), rel=1e-4
@@ -250,6 +254,7 @@ def test_misuse_is_answered_with_the_reason_and_exit_code_2(
         (["finetune", "data.train=[nowhere.jsonl]"], "nowhere.jsonl"),
         (["finetune", "model=nowhere", "data.train=[{questions}]"], "nowhere"),
         (["finetune", "data.train=[{questions}]", "run.storage=int3"], "'int3'"),
+        (["finetune", "data.train=[{questions}]", "data.rates=[8,16]"], "rate is 4, which is not"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_exit_code_1(

@@ -11,7 +11,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,8 @@ class MemoryCollator(ABC):
         seed: Of every random choice.
 
     Attributes:
+        document_prompt: Lays out what the compressor reads; each lesson's has a rate of its own
+            where the config has several.
         epoch: The pass over the data; the trainer counts it.
         random: For the random choices of the row that is being collated. They follow from seed,
             epoch and the row alone: neither the batch it is in, nor the process that collates it,
@@ -107,6 +109,9 @@ class MemoryCollator(ABC):
         lessons, read = [], []
         for row in rows:
             self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
+            if self.config.rates:
+                rate = self.random.choice(self.config.rates)
+                self.document_prompt = replace(self.document_prompt, rate=rate)
             lesson = self._checked(row)
             lessons.append(lesson)
             read.append(self._with_noise(lesson.prompt))

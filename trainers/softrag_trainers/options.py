@@ -21,7 +21,7 @@ class Architecture:
         decoder: Base language model that answers.
         compressor: Base language model that compresses, or "shared".
         compressor_layers: Keep only its first layers; null keeps all.
-        rate: Document tokens per soft token.
+        rate: Document tokens per soft token; when asking, where `data.rates` are several.
         memory_tokens: A fixed number of soft tokens; null: by the rate.
         max_document_tokens: Longest document of one memory.
         readout: "memory", "window" or "words".
@@ -131,6 +131,7 @@ class PretrainingData:
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number missing in a sentence.
         noise: Share of the decoder's own input tokens replaced while it reconstructs.
+        rates: Rates to draw from for each lesson, for one model of several; empty: the model's.
     """
 
     train: list[str] = field(default_factory=list)
@@ -143,6 +144,7 @@ class PretrainingData:
     quotation: float = 0.0
     cloze: float = 0.0
     noise: float = 0.0
+    rates: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -157,6 +159,7 @@ class QuestionData:
         max_documents: Most; null: all it has.
         text_share: Share of questions that read their documents as text.
         max_new_tokens: Of generated answers in evaluations.
+        rates: Rates to draw from for each question, for one model of several; empty: the model's.
     """
 
     train: list[str] = field(default_factory=list)
@@ -166,6 +169,7 @@ class QuestionData:
     max_documents: int | None = None
     text_share: float = 0.0
     max_new_tokens: int = 64
+    rates: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -196,6 +200,7 @@ class Finetune:
     Attributes:
         out_dir: Where the model is written.
         model: A checkpoint to start from; null: start from the base models of `arch`.
+        rate: Document tokens per soft token when asking; null: as the model says.
         query_dependent: The compressor reads the question too (OSCAR); null: as the model says.
         rerank: Give a query-dependent model a rerank head, which learns the documents' relevance.
         teacher: A checkpoint fine-tuned with data.text_share=1, to learn its answers' token
@@ -208,6 +213,7 @@ class Finetune:
 
     out_dir: str = MISSING
     model: str | None = None
+    rate: int | None = None
     query_dependent: bool | None = None
     rerank: bool = False
     teacher: str | None = None

@@ -50,6 +50,7 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
         kept = len(rows) - min(run.eval_rows, len(rows) // 10)
         rows, held_out = rows[:kept], rows[kept:]
     model = _start(options.model, options.arch, run)
+    _set_rates(model.config, None, data.rates)
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     collator = PretrainingCollator(
@@ -91,6 +92,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
     random.Random(run.seed).shuffle(held_out)
     held_out = held_out[: run.eval_rows]
     model = _start(options.model, options.arch, run)
+    _set_rates(model.config, options.rate, data.rates)
     if options.query_dependent is not None:
         model.config.query_dependent = options.query_dependent
     if options.rerank:
@@ -326,6 +328,16 @@ def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel
     return SoftRAGModel.from_base(
         config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed
     ).train()
+
+
+def _set_rates(config: SoftRAGConfig, rate: int | None, rates: list[int]) -> None:
+    # In a new configuration, whose making checks them.
+    checked = SoftRAGConfig(
+        rate=rate or config.rate,
+        rates=sorted(set(rates)) or config.rates,
+        memory_tokens=config.memory_tokens,
+    )
+    config.rate, config.rates = checked.rate, checked.rates
 
 
 def _named(files: list[str]) -> list[str]:
