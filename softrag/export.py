@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from softrag.adapters import is_adapted, is_lora_weight, merged_weight
-from softrag.base_models import quiet_loading
+from softrag.base_models import build_once, cache_folder, quiet_loading
+from softrag.checkpoint import locate
 from softrag.errors import CheckpointError
 from softrag.model import SoftRAGModel
 from softrag.prompt import RagPrompt
@@ -71,6 +73,35 @@ def export_decoder(
             item.chmod(0o644)  # The writer's own mode hides weights from other users.
             item.replace(folder / item.name)
     return folder
+
+
+def cached_export(
+    checkpoint: str | Path, *, dtype: torch.dtype, base_model: str | Path | None = None
+) -> Path:
+    """Export a checkpoint's decoder once into softrag's cache folder, and return where it is.
+
+    Args:
+        checkpoint: A folder or hub name, as `SoftRAGModel.from_pretrained` takes it.
+        dtype: Of the written weights.
+        base_model: Where the checkpoint's base model is, if not where the checkpoint says.
+
+    Raises:
+        CheckpointError: As `export_decoder`, or the checkpoint can't be loaded.
+    """
+    source = locate(checkpoint)
+    digest = blake2b(f"{base_model} {dtype}".encode(), digest_size=8)
+    for file in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+
+    def export(folder: Path) -> None:
+        model = SoftRAGModel.from_pretrained(
+            source, base_model=base_model, load_compressor=False, dtype=dtype, device="cpu"
+        )
+        export_decoder(model, folder, dtype=dtype)
+
+    return build_once(cache_folder() / f"decoder-{digest.hexdigest()}", export)
 
 
 def _merged_state(decoder: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ANN401

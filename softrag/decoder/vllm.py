@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from softrag.decoder.base import DecodeRequest, DecodeResult
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.prompts import BuiltPrompt, PromptBuilder
 from softrag.errors import DecoderError
+from softrag.export import cached_export
 from softrag.memory import Memory
 
 # Tokens per message of an answer that nobody reads as it comes: each message costs the server and
@@ -95,6 +98,8 @@ class VLLMDecoder:
         if where.startswith(("http://", "https://")):
             key = os.environ.get("VLLM_API_KEY")
             return cls.from_url(checkpoint, where, api_key=key, base_model=base_model)
+        if where == "vllm":
+            return cls.in_process(checkpoint, base_model=base_model)
         raise ValueError(
             f"decoder is {where!r}; expected 'torch', 'vllm' or the URL of a vLLM server."
         )
@@ -108,6 +113,7 @@ class VLLMDecoder:
         model: str | None = None,
         api_key: str | None = None,
         base_model: str | Path | None = None,
+        send_once: bool = False,
         canonical_order: bool = False,
         max_concurrent: int = 64,
         timeout_s: float = 60.0,
@@ -125,6 +131,8 @@ class VLLMDecoder:
             api_key: Of the server.
             base_model: Where the token embeddings are: the exported decoder or its base model;
                 None for the base model that the checkpoint names.
+            send_once: Send each memory once and its hash afterwards; the server needs softrag's
+                plugin (`integrations/vllm_softrag`). Without, all embeddings travel each time.
             canonical_order: As in `PromptBuilder`.
             max_concurrent: As in the class.
             timeout_s: Longest silence of the server.
@@ -132,12 +140,58 @@ class VLLMDecoder:
 
         Raises:
             CheckpointError: The checkpoint is damaged or of another kind.
+            MissingExtraError: `send_once` is wanted and msgpack is not installed.
         """
+        from softrag.decoder.vllm_plugin import HashesEngine
         from softrag.decoder.vllm_server import EmbeddingsEngine, VLLMServer
 
         prompts = PromptBuilder.from_pretrained(checkpoint, canonical_order=canonical_order)
         server = VLLMServer(url, model=model, api_key=api_key, timeout_s=timeout_s, retries=retries)
-        engine = EmbeddingsEngine(server, prompts.load_embeddings(base_model))
+        engine: Engine = (
+            HashesEngine(server, memory_id=prompts.prompt.memory_id)
+            if send_once
+            else EmbeddingsEngine(server, prompts.load_embeddings(base_model))
+        )
+        return cls(prompts, engine, max_concurrent=max_concurrent)
+
+    @classmethod
+    def in_process(
+        cls,
+        checkpoint: str | Path,
+        *,
+        exported: str | Path | None = None,
+        base_model: str | Path | None = None,
+        canonical_order: bool = False,
+        max_concurrent: int = 64,
+        options: Mapping[str, Any] | None = None,
+    ) -> VLLMDecoder:
+        """Run vLLM in this process, where it is installed.
+
+        It starts a process of its own: a script that calls this needs the usual
+        `if __name__ == "__main__":`.
+
+        Args:
+            checkpoint: The checkpoint whose memories are read.
+            exported: Folder of its exported decoder; None to export it once into the cache, in
+                bfloat16 on a GPU and else in float32.
+            base_model: Where the checkpoint's base model is, if not where the checkpoint says.
+            canonical_order: As in `PromptBuilder`.
+            max_concurrent: As in the class.
+            options: Further fields of vLLM's `AsyncEngineArgs`, such as `max_model_len`.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or of another kind.
+            MissingExtraError: vLLM is not installed.
+        """
+        from softrag.decoder.vllm_local import LocalEngine
+
+        prompts = PromptBuilder.from_pretrained(checkpoint, canonical_order=canonical_order)
+        if exported is None:
+            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            exported = cached_export(checkpoint, dtype=dtype, base_model=base_model)
+        engine = LocalEngine(
+            Path(exported), prompts.load_embeddings(base_model), options=options or {}
+        )
         return cls(prompts, engine, max_concurrent=max_concurrent)
 
     @property

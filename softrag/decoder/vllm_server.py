@@ -37,6 +37,10 @@ class _Served(NamedTuple):
     limit: int | None
 
 
+class RefusedError(DecoderError):
+    """The server refused a request, or failed at it."""
+
+
 class _NotNowError(Exception):
     """The server is not there or busy: the same request may succeed later."""
 
@@ -133,9 +137,9 @@ class VLLMServer:
                     return
                 event = json.loads(data)
                 if "error" in event:
-                    raise DecoderError(
-                        f"The vLLM server at {self.url} failed in the middle of an answer: "
-                        f"{_message(data)}. See its log."
+                    raise RefusedError(
+                        f"The vLLM server at {self.url} failed at an answer: {_message(data)}. "
+                        "Ask again, and see its log."
                     )
                 yield event
         # No [DONE]: the server closed the connection in good order but too early.
@@ -208,7 +212,7 @@ class VLLMServer:
             fix = "See its log; it may have to be started again."
         else:
             fix = "Check that it is a vLLM of the version that the documentation names."
-        raise DecoderError(f"{start} {fix}")
+        raise RefusedError(f"{start} {fix}")
 
     # Retries
 

@@ -444,3 +444,71 @@ def test_a_long_answer_does_not_hold_up_a_short_one(server, memories):
 
         assert running == 2
         assert long.result().usage.completion_tokens == 5
+
+
+@pytest.fixture
+def sender(server):
+    decoder = VLLMDecoder.from_url(build_checkpoint(), server.url, retries=0, send_once=True)
+    yield decoder
+    decoder.close()
+
+
+def sent(request):
+    """Return which memories of a request travelled whole."""
+    return [data is not None for data in request["features"]["kwargs_data"]["image"]]
+
+
+def test_memories_are_sent_once_and_named_afterwards(sender, server, in_process, memories):
+    requests = asks(memories)
+    expected = list(map(plain, in_process.generate(requests)))
+
+    first = [sender.generate([request])[0] for request in requests]
+    again = [sender.generate([request])[0] for request in requests]
+
+    assert list(map(plain, first)) == list(map(plain, again)) == expected
+    assert again[0].token_logprobs == pytest.approx(
+        in_process.generate(requests[:1])[0].token_logprobs, abs=1e-3
+    )
+    with_memories = [request for request in server.requests if "features" in request]
+    assert [sent(request) for request in with_memories] == [
+        [True, True, True],
+        [False],  # the second document of the first question
+        [True],
+        [False, False, False],
+        [False],
+        [False],
+    ]
+    first_bytes, later_bytes = (len(json.dumps(with_memories[place])) for place in (0, 3))
+    assert later_bytes < first_bytes - sum(memory.nbytes for memory in memories[:3])
+
+
+def test_what_the_server_forgot_is_sent_again(sender, server, memories):
+    request = asks(memories)[0]
+    expected = sender.generate([request])[0].text
+    server.memories.clear()
+
+    assert sender.generate([request])[0].text == expected
+    assert [sent(each) for each in server.requests[1:]] == [[False] * 3, [True] * 3]
+    # A refusal that has nothing to do with memories stays one.
+    server.failures = [400, 400]
+    with pytest.raises(DecoderError, match="refused by the test"):
+        sender.generate([request])
+
+
+def test_a_memory_twice_in_a_prompt_is_sent_once(sender, server, in_process, memories):
+    request = DecodeRequest(question="Why?", documents=[memories[0], memories[0]], max_new_tokens=5)
+
+    result = sender.generate([request])[0]
+
+    assert plain(result) == plain(in_process.generate([request])[0])
+    assert sent(server.requests[0]) == [True, False]
+
+
+def test_other_values_of_the_same_document_have_another_hash(sender, server, memories):
+    request = asks(memories)[1]
+    rounded = replace(memories[1], values=memories[1].values.float() * 1.01)
+
+    sender.generate([request])
+    sender.generate([replace(request, documents=[rounded])])
+
+    assert [sent(each) for each in server.requests] == [[True], [True]]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgpack
 import torch
 from transformers import DynamicCache
 
@@ -32,11 +33,13 @@ class VLLMStub:
         models: Names served.
         key: What the client must show; None: nothing.
         gate: Answers wait until it is set.
+        memories: What was sent to be kept, by hash.
     """
 
     def __init__(self, model: SoftRAGModel, *, port: int = 0) -> None:
         self.model = model
         self.requests: list[dict[str, Any]] = []
+        self.memories: dict[str, torch.Tensor] = {}
         self.embeds: list[torch.Tensor] = []
         self.payloads: list[bytes] = []
         self.written: list[int] = []
@@ -98,8 +101,13 @@ class VLLMStub:
             if request["model"] not in self.models:
                 _refuse(handler, 404, f"The model `{request['model']}` does not exist.")
                 return
+            sampling = request.get("sampling_params", request)
             try:
-                embeds = self._read(request["prompt_embeds"])
+                embeds = (
+                    self._read(request["prompt_embeds"])
+                    if "prompt_embeds" in request
+                    else self._assemble(request)
+                )
             except ValueError as error:
                 _refuse(handler, 400, str(error))
                 return
@@ -109,10 +117,12 @@ class VLLMStub:
                 handler.send_header("Content-Type", "text/event-stream")
                 handler.send_header("Transfer-Encoding", "chunked")
                 handler.end_headers()
-                for n_tokens, event in self._events(request, embeds):
+                for n_tokens, event in self._events(sampling, embeds):
                     if self.breaks_after is not None and n_tokens > self.breaks_after:
                         handler.close_connection = True
                         return
+                    if handler.path != "/v1/completions":
+                        _as_generated(event)
                     _chunk(handler, f"data: {json.dumps(event)}\n\n")
             _chunk(handler, "data: [DONE]\n\n")
             _chunk(handler, "")
@@ -159,10 +169,29 @@ class VLLMStub:
             )
         return embeds.float()
 
+    def _assemble(self, request: dict[str, Any]) -> torch.Tensor | None:
+        """Embed token ids and put memories at their places; None when one is not known."""
+        embeds = self.model.decoder.get_input_embeddings()(torch.tensor(request["token_ids"]))
+        embeds = embeds.detach().clone()
+        features = request.get("features") or {"mm_hashes": {"image": []}}
+        for place, each in enumerate(features["mm_hashes"]["image"]):
+            data = features["kwargs_data"]["image"][place]
+            if data is not None:
+                self.memories[each] = _read_item(base64.b64decode(data, validate=True))
+            if each not in self.memories:
+                return None
+            span = features["mm_placeholders"]["image"][place]
+            assert span["length"] == len(self.memories[each])
+            embeds[span["offset"] : span["offset"] + span["length"]] = self.memories[each].float()
+        return embeds
+
     def _events(
-        self, request: dict[str, Any], embeds: torch.Tensor
+        self, request: dict[str, Any], embeds: torch.Tensor | None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield events, and how many tokens there are with each."""
+        if embeds is None:
+            yield 0, {"error": {"message": "Internal server error", "code": 500}}
+            return
         written = self.written = []
         ids: list[int] = []
         logprobs: list[float] = []
@@ -201,6 +230,24 @@ class VLLMStub:
             token = logits.argmax()
             yield int(token), float(logits.log_softmax(-1)[token])
             inputs = {"input_ids": token[None, None]}
+
+
+def _read_item(data: bytes) -> torch.Tensor:
+    """Read a `MultiModalKwargsItem` as vLLM does, `(memory, hidden)`."""
+    elem = msgpack.unpackb(data)["image_embeds"]
+    assert elem["field"] == ["batched", {"keep_on_cpu": False}]
+    dtype, shape, raw = elem["data"]
+    assert raw.code == 3
+    flat = torch.frombuffer(bytearray(raw.data), dtype=torch.uint8)
+    return flat.view(getattr(torch, dtype)).view(*shape)
+
+
+def _as_generated(event: dict[str, Any]) -> None:
+    """Turn an event of `/v1/completions` into one of `/inference/v1/generate`."""
+    for choice in event.get("choices", ()):
+        values = choice["logprobs"]["token_logprobs"]
+        choice["logprobs"] = {"content": [{"logprob": value} for value in values]}
+        del choice["text"]
 
 
 def _answer(handler: BaseHTTPRequestHandler, status: int, body: object) -> None:
