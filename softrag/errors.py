@@ -12,6 +12,7 @@
   x UnknownHandleError       a memory handle is not in the cache or the store
   x UnreadableFileError      a source file cannot be parsed
   x EmptyDocumentError       a document has no text
+  x EndpointError            a language model behind a URL cannot be asked
   x MissingExtraError        an optional dependency is not installed (also an ImportError)
 
 Wrong arguments raise plain `ValueError` or `TypeError`.
@@ -68,6 +69,10 @@ class UnreadableFileError(SoftRAGError):
 
 class EmptyDocumentError(SoftRAGError, ValueError):
     """A document has no text."""
+
+
+class EndpointError(SoftRAGError):
+    """A language model behind a URL cannot be reached, refuses, or answers something else."""
 
 
 class MissingExtraError(SoftRAGError, ImportError):

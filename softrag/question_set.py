@@ -68,10 +68,10 @@ def compress_set(questions: Sequence[Question], compressor: Compressor) -> SetMe
     Raises:
         EmptyDocumentError: A document has no text.
     """
+    if compressor.query_dependent:
+        return SetMemories(by_text={}, nbytes=0, compress_s=0.0)
     started = perf_counter()
-    distinct: list[str] = []
-    if not compressor.query_dependent:
-        distinct = list(dict.fromkeys(text for each in questions for text in texts_of(each)))
+    distinct = list(dict.fromkeys(text for each in questions for text in texts_of(each)))
     pieces = [split_for(compressor, text) for text in distinct]
     made = iter(compressor.compress([piece for split in pieces for piece in split]))
     by_text = {

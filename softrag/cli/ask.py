@@ -12,6 +12,7 @@ from softrag.cli.options import (
     DEFAULT_STORE,
     Decoder,
     Device,
+    Fallback,
     Json,
     MaxNewTokens,
     Model,
@@ -40,6 +41,7 @@ def ask(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Only chunks with this metadata; repeatable."),
     ] = None,
+    fallback: Fallback = None,
     json: Json = False,
 ) -> None:
     """Answer a question from the store, and show its sources and costs."""
@@ -47,7 +49,7 @@ def ask(
 
     wanted = parse_where(where or [])
     console = Console()
-    with load_engine(model, store, device=device, decoder=decoder) as engine:
+    with load_engine(model, store, device=device, decoder=decoder, fallback=fallback) as engine:
         stream = engine.stream(
             question,
             k=top_k,

@@ -13,6 +13,7 @@ from softrag.cli.options import (
     DEFAULT_STORE,
     Decoder,
     Device,
+    Fallback,
     Json,
     MaxNewTokens,
     Model,
@@ -39,6 +40,7 @@ def chat(
     top_k: TopK = 5,
     mode: ModeName = "memory",
     max_new_tokens: MaxNewTokens = 128,
+    fallback: Fallback = None,
     json: Json = False,
 ) -> None:
     """Answer questions one after another; each is answered by itself.
@@ -50,7 +52,7 @@ def chat(
 
     console = Console()
     sources: list[Hit] = []
-    with load_engine(model, store, device=device, decoder=decoder) as engine:
+    with load_engine(model, store, device=device, decoder=decoder, fallback=fallback) as engine:
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)
         for line in _lines(console):

@@ -1,76 +1,179 @@
-"""`softrag eval`: a question file answered closed book, from text and from memories."""
+"""`softrag eval`: the same questions answered closed book, from text and from memories."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from softrag.cli.options import DEFAULT_MODEL, Device, Json, MaxNewTokens, Model, hush_transformers
+from softrag.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Fallback,
+    Json,
+    MaxNewTokens,
+    TopK,
+    hush_transformers,
+)
 
 if TYPE_CHECKING:
     from softrag.answer import Mode
+    from softrag.comparison import (
+        Calibration,
+        ChatEndpoint,
+        Comparison,
+        FolderChunks,
+        LoadedModel,
+        Row,
+        StoredChunks,
+    )
     from softrag.evaluation import Question
-    from softrag.question_set import AnsweredSet
+    from softrag.router import Router
+
+CHUNKS_PER_QUESTION = 4
+"""Chunks shown to the writer for every question wanted; what it writes badly is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What was asked for, checked."""
+
+    models: Sequence[str]
+    modes: Sequence[Mode]
+    codecs: Sequence[str]
+    device: str | None
+    batch_size: int
+    max_new_tokens: int
+    with_state: bool
+    quiet: bool
 
 
 def evaluate(
     file: Annotated[
-        Path,
-        typer.Argument(
-            exists=True, dir_okay=False, help="Questions with documents: .jsonl or .jsonl.zst."
-        ),
+        Path, typer.Argument(dir_okay=False, help="Questions and answers: .jsonl or .jsonl.zst.")
     ],
+    store: Annotated[
+        str | None, typer.Option(help="Ask over this store's chunks, not the file's documents.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(exists=True, help="Ask over the files in this folder instead.")
+    ] = None,
+    top_k: TopK = 5,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoint; repeat to compare several. $SOFTRAG_MODEL unless given."),
+    ] = None,
+    codecs: Annotated[
+        str | None,
+        typer.Option(help="How memories are stored, with commas between; as the store, or bf16."),
+    ] = None,
     modes: Annotated[
         str, typer.Option(help="What to compare, with commas between.")
     ] = "closed,text,memory",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
-    model: Model = DEFAULT_MODEL,
     device: Device = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: MaxNewTokens = 64,
+    seed: Annotated[int, typer.Option(help="Of intervals, halves and drawn chunks.")] = 0,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="A model that judges answers; key in $OPENAI_API_KEY, if any."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Its name; the first one listed.")] = None,
+    fallback: Fallback = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Fit a fallback and write it here.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of questions it may answer from text.")
+    ] = 0.2,
+    state: Annotated[bool, typer.Option(help="Whether it may look at the decoder's state.")] = True,
+    make_questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="First write so many questions about the chunks into FILE."),
+    ] = None,
+    writer: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A model that writes them; the loaded one unless given."),
+    ] = None,
+    writer_model: Annotated[str | None, typer.Option(help="Its name; the first listed.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with plots: .html.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure what memories cost and save on your own questions."""
+    from softrag.cli.evaluation_table import print_calibration, print_comparison
     from softrag.cli.show import print_json
+    from softrag.comparison import Comparison, summarize, summarize_calibration, write_report
+    from softrag.router import Router
 
     wanted = _parse_modes(modes)
-    scores, predictions, questions = _run(
-        file,
-        wanted,
-        limit,
-        model,
-        device,
+    both = {"text", "memory"} <= set(wanted)
+    _check_options(file, store, corpus, make_questions, models=model or [])
+    if (calibrate or fallback) and (not both or len(model or []) > 1):
+        raise typer.BadParameter("a fallback needs one model, and the modes text and memory.")
+    if report or calibrate:
+        _check_extras(report=report is not None, calibrate=calibrate is not None)
+    router = Router.load(fallback) if fallback else None
+    plan = _Plan(
+        # Not as the option's envvar: of several values, typer would split it at spaces.
+        models=model or [os.environ.get("SOFTRAG_MODEL", DEFAULT_MODEL)],
+        modes=wanted,
+        codecs=_parse_codecs(codecs),
+        device=device,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        with_state=bool(calibrate and state) or bool(router and router.with_state),
         quiet=json,
     )
+    hush_transformers()
+    first = _load(plan, 0)
+    with ExitStack() as stack:
+        chunks = _open_chunks(store, corpus, first, stack)
+        if make_questions and chunks is not None:
+            _write_questions(
+                file,
+                chunks,
+                make_questions,
+                seed,
+                first,
+                _endpoint(writer, writer_model) if writer else None,
+            )
+        questions = _questions(file, limit, chunks, top_k)
+        # As the store has them, so that what is measured is what is answered from.
+        stored_as = chunks.codec if chunks else "bf16"
+    plan = replace(plan, codecs=plan.codecs or [stored_as])
+    rows = _rows(questions, first, plan)
+    comparison = Comparison(questions=questions, rows=rows, seed=seed)
+    if judge:
+        comparison = _judged(comparison, _endpoint(judge, judge_model))
+    if router is not None:
+        comparison = _with_fallback(comparison, router, first)
+    calibration = None
+    if calibrate is not None:
+        calibration = _calibrate(comparison, first, budget=budget, with_state=state)
+        calibration.router.save(calibrate)
+    if report is not None:
+        write_report(comparison, report, title=file.name, calibration=calibration)
     if json:
-        print_json(
-            {
-                "file": str(file),
-                "model": model,
-                "questions": len(questions),
-                "modes": scores,
-                "answers": [
-                    {
-                        "id": each.id,
-                        "question": each.question,
-                        "answers": list(each.answers),
-                        **{mode: predictions[mode][place] for mode in wanted},
-                    }
-                    for place, each in enumerate(questions)
-                ],
-            }
-        )
+        values = {"file": str(file), "models": list(plan.models), **summarize(comparison)}
+        if calibration is not None:
+            values["calibration"] = summarize_calibration(calibration)
+        print_json(values)
         return
-    _print_table(scores, len(questions))
+    print_comparison(comparison)
+    if calibration is not None:
+        print_calibration(calibration, calibrate)
 
 
 def _parse_modes(modes: str) -> list[Mode]:
@@ -88,35 +191,144 @@ def _parse_modes(modes: str) -> list[Mode]:
     return cast("list[Mode]", list(dict.fromkeys(wanted)))
 
 
-def _run(
+def _parse_codecs(codecs: str | None) -> list[str]:
+    from softrag.codec import CODECS
+
+    wanted = [codec.strip() for codec in (codecs or "").split(",") if codec.strip()]
+    for codec in wanted:
+        if codec not in CODECS:
+            raise typer.BadParameter(
+                f"{codec!r} is no codec; choose from {', '.join(CODECS)}.", param_hint="--codecs"
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def _check_options(
     file: Path,
-    modes: Sequence[Mode],
-    limit: int | None,
-    model: str,
-    device: str | None,
+    store: str | None,
+    corpus: Path | None,
+    make_questions: int | None,
     *,
-    batch_size: int,
-    max_new_tokens: int,
-    quiet: bool,
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], list[Question]]:
-    """Return scores by mode, answers by mode, and the questions."""
-    import threading
+    models: Sequence[str],
+) -> None:
+    if store and corpus:
+        raise typer.BadParameter("give --store or --corpus, not both.")
+    if make_questions is None and not file.exists():
+        raise typer.BadParameter(
+            f"{file} does not exist. Write one, or let --make-questions write it.",
+            param_hint="FILE",
+        )
+    if make_questions is not None and not (store or corpus):
+        raise typer.BadParameter("--make-questions needs --store or --corpus to ask about.")
+    if make_questions is not None and (file.exists() or not file.name.endswith(".jsonl")):
+        raise typer.BadParameter(
+            f"--make-questions writes a new .jsonl file, but {file} exists or is named otherwise.",
+            param_hint="FILE",
+        )
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"the models' names must differ, found {', '.join(names)}.")
 
-    from softrag.compressor import Compressor
-    from softrag.decoder import TorchDecoder
+
+def _check_extras(*, report: bool, calibrate: bool) -> None:
+    """Say what is missing before the work, not after it."""
+    from softrag.extras import load_extra
+
+    if report:
+        load_extra("matplotlib", extra="eval", purpose="The report")
+    if calibrate:
+        load_extra("sklearn", extra="eval", purpose="Calibration")
+
+
+def _load(plan: _Plan, number: int) -> LoadedModel:
+    from softrag.comparison import LoadedModel
+
+    return LoadedModel.from_pretrained(
+        plan.models[number],
+        name=Path(plan.models[number]).name if len(plan.models) > 1 else "",
+        device=plan.device,
+        batch_size=plan.batch_size,
+    )
+
+
+def _open_chunks(
+    store: str | None, corpus: Path | None, model: LoadedModel, stack: ExitStack
+) -> StoredChunks | FolderChunks | None:
+    if not (store or corpus):
+        return None
+    from softrag.comparison import FolderChunks, StoredChunks
+    from softrag.embedder import default_embedder
+
+    if store:
+        return stack.enter_context(StoredChunks(store, default_embedder()))
+    assert corpus is not None
+    assert model.compressor is not None
+    return FolderChunks(corpus, default_embedder(), model.compressor)
+
+
+def _endpoint(url: str, model: str | None) -> ChatEndpoint:
+    from softrag.comparison import ChatEndpoint
+
+    return ChatEndpoint(url=url, model=model, api_key=os.environ.get("OPENAI_API_KEY"))
+
+
+def _write_questions(
+    file: Path,
+    chunks: StoredChunks | FolderChunks,
+    n: int,
+    seed: int,
+    model: LoadedModel,
+    endpoint: ChatEndpoint | None,
+) -> None:
+    from softrag.comparison import decoder_writer, endpoint_writer, write_questions
+
+    drawn = chunks.sample(CHUNKS_PER_QUESTION * n, seed=seed)
+    writer = endpoint_writer(endpoint) if endpoint else decoder_writer(model.decoder)
+    written = write_questions(drawn, n, writer, file)
+    Console(stderr=True).print(
+        f"Wrote {written} questions to {file}, from {len(drawn)} chunks. Read them before you "
+        "trust what they measure.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _questions(
+    file: Path, limit: int | None, chunks: StoredChunks | FolderChunks | None, k: int
+) -> list[Question]:
+    from softrag.comparison import retrieve_for
     from softrag.evaluation import read_questions
-    from softrag.model import SoftRAGModel
-    from softrag.question_set import answer_set
 
-    hush_transformers()
     questions = read_questions(file, limit)
-    needs_compressor = "memory" in modes
-    loaded = SoftRAGModel.from_pretrained(model, device=device, load_compressor=needs_compressor)
-    lock = threading.Lock()
-    compressor = Compressor(loaded, lock=lock) if needs_compressor else None
-    decoder = TorchDecoder(loaded, batch_size=batch_size, lock=lock)
-    scores: dict[str, dict[str, Any]] = {}
-    predictions: dict[str, list[str]] = {}
+    return questions if chunks is None else retrieve_for(questions, chunks, k)
+
+
+def _rows(questions: Sequence[Question], first: LoadedModel, plan: _Plan) -> list[Row]:
+    from softrag.comparison import answer_rows
+
+    rows: list[Row] = []
+    n_rows = len(plan.models) * len(plan.modes) + (len(plan.codecs) - 1) * len(plan.models) * (
+        "memory" in plan.modes
+    )
+    with _progress(n_rows * len(questions), quiet=plan.quiet) as progress:
+        task = progress.tasks[0].id
+        for number in range(len(plan.models)):
+            rows += answer_rows(
+                questions,
+                # One after another: not every machine holds several.
+                _load(plan, number) if number else first,
+                modes=plan.modes,
+                codecs=plan.codecs,
+                batch_size=plan.batch_size,
+                max_new_tokens=plan.max_new_tokens,
+                with_state=plan.with_state,
+                on_answers=lambda name, n: progress.update(task, description=name, advance=n),
+            )
+    return rows
+
+
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -127,42 +339,56 @@ def _run(
     with Progress(
         *columns, console=console, disable=quiet or not console.is_terminal, transient=True
     ) as progress:
-        tasks = {mode: progress.add_task(mode, total=len(questions)) for mode in modes}
-        for mode in modes:
-            answered = answer_set(
-                questions,
-                mode=mode,
-                decoder=decoder,
-                compressor=compressor,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                on_answers=partial(progress.advance, tasks[mode]),
+        progress.add_task("compressing", total=total)
+        yield progress
+
+
+def _judged(comparison: Comparison, endpoint: ChatEndpoint) -> Comparison:
+    from softrag.comparison import judge_answers
+
+    rows = []
+    for row in comparison.rows:
+        answers = [result.text for result in row.results]
+        verdicts, unclear = judge_answers(endpoint, comparison.questions, answers)
+        if unclear:
+            Console(stderr=True).print(
+                f"{row.name}: the judge said neither yes nor no to {unclear} of {len(answers)} "
+                "answers; they count as wrong.",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
             )
-            predictions[mode] = [result.text for result in answered.results]
-            scores[mode] = _score(questions, answered)
-    return scores, predictions, questions
+        rows.append(replace(row, scores={**row.scores, "judge": verdicts}))
+    return replace(comparison, rows=rows)
 
 
-def _score(questions: Sequence[Question], answered: AnsweredSet) -> dict[str, Any]:
-    from softrag.evaluation import score_answers
+def _with_fallback(comparison: Comparison, router: Router, model: LoadedModel) -> Comparison:
+    from softrag.comparison import fall_back
 
-    n = len(questions)
-    texts = [result.text for result in answered.results]
-    return {
-        **score_answers(texts, [each.answers for each in questions]),
-        "prompt_tokens": sum(result.prompt_tokens for result in answered.results) / n,
-        "completion_tokens": sum(result.completion_tokens for result in answered.results) / n,
-        "compress_s": answered.compress_s,
-        "decode_s": answered.decode_s,
-    }
+    router.check(model.decoder.fingerprint)
+    routed = [
+        fall_back(row, text, router)
+        for row in comparison.rows
+        if row.mode == "memory" and (text := comparison.text_of(row)) is not None
+    ]
+    return replace(comparison, rows=[*comparison.rows, *routed])
 
 
-def _print_table(scores: dict[str, dict[str, Any]], questions: int) -> None:
-    table = Table(title=f"{questions} questions", box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("mode", style="bold")
-    names = next(iter(scores.values()))
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for mode, values in scores.items():
-        table.add_row(mode, *(f"{values[name]:.3g}" for name in names))
-    Console().print(table)
+def _calibrate(
+    comparison: Comparison, model: LoadedModel, *, budget: float, with_state: bool
+) -> Calibration:
+    from softrag.comparison import calibrate
+
+    memory = next(row for row in comparison.rows if row.mode == "memory")
+    text = comparison.text_of(memory)
+    assert text is not None
+    metric = "judge" if "judge" in memory.scores else "f1"
+    return calibrate(
+        memory.results,
+        memory=memory.scores[metric],
+        text=text.scores[metric],
+        fingerprint=model.decoder.fingerprint,
+        budget=budget,
+        with_state=with_state,
+        seed=comparison.seed,
+    )

@@ -50,6 +50,15 @@ ModeName = Annotated[
     Literal["memory", "text", "closed"],
     typer.Option(help="What is read of the chunks: memories, texts, or nothing."),
 ]
+Fallback = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        envvar="SOFTRAG_FALLBACK",
+        help="A router that answers doubtful questions from text; see softrag eval --calibrate.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 
@@ -64,6 +73,7 @@ def load_engine(
     load_decoder: bool = True,
     chunk_tokens: int | None = None,
     create: bool = False,
+    fallback: Path | None = None,
 ) -> SoftRAG:
     """Load the engine for a command.
 
@@ -76,6 +86,7 @@ def load_engine(
         load_decoder: False to index only.
         chunk_tokens: Longest chunk.
         create: Whether a store folder that does not exist is made.
+        fallback: A router's file.
 
     Raises:
         StoreError: The folder does not exist and `create` is false.
@@ -96,6 +107,7 @@ def load_engine(
         codec=codec,
         load_decoder=load_decoder,
         chunk_tokens=chunk_tokens,
+        fallback=fallback,
     )
 
 

@@ -28,6 +28,7 @@ def answer_values(question: str, answer: Answer) -> dict[str, Any]:
         "answer": answer.text,
         "mode": answer.mode,
         "finish_reason": answer.finish_reason,
+        "fallback_score": answer.fallback_score,
         "sources": [hit_values(hit) for hit in answer.sources],
         "usage": asdict(answer.usage),
         "timings": asdict(answer.timings),

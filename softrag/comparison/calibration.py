@@ -29,6 +29,7 @@ class Calibration:
         text: Mean quality of text alone.
         routed: Mean quality with the fallback.
         recovered: Part of the gap between memory and text that the fallback closes; 1.0 is all.
+        gain: `(questions,)`, what text is better by.
     """
 
     router: Router
@@ -38,6 +39,13 @@ class Calibration:
     text: Interval
     routed: Interval
     recovered: Interval
+    gain: np.ndarray
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return shares of questions from text, 0 to 1, and the mean quality at each."""
+        ordered = self.gain[np.argsort(-self.scores, kind="stable")]
+        gained = np.concatenate([[0.0], np.cumsum(ordered)]) / len(ordered)
+        return np.linspace(0, 1, len(gained)), self.memory.mean + gained
 
 
 def calibrate(
@@ -106,6 +114,7 @@ def calibrate(
         text=bootstrap.interval(text),
         routed=bootstrap.interval(np.where(from_text, text, memory)),
         recovered=bootstrap.ratio(np.where(from_text, gain, 0.0), gain),
+        gain=gain,
     )
 
 
@@ -115,12 +124,17 @@ def _fit(looks: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, float]:
     A question counts as much as there is to gain or lose on it, so the score orders questions by
     what text is worth. The strength of the penalty is chosen by cross-validation.
     """
-    linear: Any = load_extra("sklearn.linear_model", extra="eval", purpose="Calibration")
+    purpose = "Calibration"
+    linear: Any = load_extra("sklearn.linear_model", extra="eval", purpose=purpose)
+    selection: Any = load_extra("sklearn.model_selection", extra="eval", purpose=purpose)
     mean, scale = looks.mean(0), looks.std(0) + 1e-6
-    model = linear.LogisticRegressionCV(
-        Cs=np.logspace(-5, 0, 6), cv=5, scoring="neg_log_loss", max_iter=1000
+    search = selection.GridSearchCV(
+        linear.LogisticRegression(max_iter=1000),
+        {"C": np.logspace(-5, 0, 6)},
+        scoring="neg_log_loss",
     )
-    model.fit((looks - mean) / scale, gain > 0, sample_weight=np.abs(gain) + 1.0)
+    search.fit((looks - mean) / scale, gain > 0, sample_weight=np.abs(gain) + 1.0)
+    model = search.best_estimator_
     weights = model.coef_[0] / scale
     return weights, float(model.intercept_[0] - mean @ weights)
 

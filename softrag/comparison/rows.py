@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from softrag.decoder import Decoder, DecodeResult, TorchDecoder
 from softrag.evaluation import Question, score
 from softrag.model import SoftRAGModel
 from softrag.question_set import SetMemories, answer_set, compress_set, texts_of
+from softrag.router import Router
 
 RIGHT = 50.0
 """A question counts as right from this score on; the metrics that decide are 0 or 100."""
@@ -75,6 +76,7 @@ class Row:
             had them.
         decode_s: Seconds per question spent on answering; many were answered together.
         stored_bytes: What is stored per distinct document for this way of reading.
+        text_share: Part of the questions that a fallback answered from text; None without one.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Row:
     compress_s: float
     decode_s: float
     stored_bytes: float
+    text_share: float | None = None
 
     @cached_property
     def prompt_tokens(self) -> np.ndarray:
@@ -127,7 +130,9 @@ def answer_rows(
     for mode in modes:
         for codec in codecs if mode == "memory" and memories and memories.by_text else codecs[:1]:
             read = memories.encoded(codec) if mode == "memory" and memories else None
-            name = _row_name(model.name, mode, codec if len(codecs) > 1 and read else None)
+            name = _row_name(
+                model.name, mode, codec if len(codecs) > 1 and read and read.by_text else None
+            )
             answered = answer_set(
                 questions,
                 mode=mode,
@@ -155,6 +160,45 @@ def answer_rows(
                 decode_s=answered.decode_s / len(questions),
                 stored_bytes=stored / max(1, len(distinct)),
             )
+
+
+def fall_back(memory: Row, text: Row, router: Router) -> Row:
+    """Return the row that memories with a fallback to text give, from both rows' answers.
+
+    Raises:
+        ValueError: The memories' results lack what the router looks at.
+    """
+    from_text = np.array(
+        [router.prefers_text(router.score(result)) for result in memory.results], dtype=bool
+    )
+    share = float(from_text.mean())
+    return Row(
+        name=f"{memory.name} + fallback",
+        model=memory.model,
+        mode="memory",
+        results=[
+            _both(first, second) if doubted else first
+            for first, second, doubted in zip(memory.results, text.results, from_text, strict=True)
+        ],
+        scores={
+            name: np.where(from_text, text.scores[name], memory.scores[name])
+            for name in memory.scores
+        },
+        compress_s=memory.compress_s,
+        decode_s=memory.decode_s + share * text.decode_s,
+        stored_bytes=memory.stored_bytes + text.stored_bytes,
+        text_share=share,
+    )
+
+
+def _both(memory: DecodeResult, text: DecodeResult) -> DecodeResult:
+    """Return the text's answer at the price of both."""
+    return replace(
+        text,
+        prompt_tokens=memory.prompt_tokens + text.prompt_tokens,
+        soft_tokens=memory.soft_tokens,
+        completion_tokens=memory.completion_tokens + text.completion_tokens,
+    )
 
 
 def score_results(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from softrag.cli import app
+from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
@@ -24,6 +27,7 @@ QUESTION = "Who wrote Hamlet and Macbeth?"
 @pytest.fixture(autouse=True)
 def small_embedder(monkeypatch):
     monkeypatch.setattr("softrag.engine.default_embedder", HashingEmbedder)
+    monkeypatch.setattr("softrag.embedder.default_embedder", HashingEmbedder)
 
 
 @pytest.fixture
@@ -256,7 +260,7 @@ def test_info_tells_model_and_store_apart_and_whether_they_fit(store, tmp_path):
 # eval
 
 
-def write_questions(path: Path) -> Path:
+def write_questions(path: Path, *, repeat: int = 1) -> Path:
     records = [
         {
             "id": f"q{number}",
@@ -268,7 +272,7 @@ def write_questions(path: Path) -> Path:
                 {"text": " ".join(SENTENCES * 3)},
             ],
         }
-        for number, text in enumerate(SENTENCES[:4])
+        for number, text in enumerate(SENTENCES[:4] * repeat)
     ]
     data = "\n".join(json.dumps(record) for record in records).encode()
     if path.suffix == ".zst":
@@ -317,6 +321,118 @@ def test_a_bad_line_in_a_question_file_is_named(tmp_path):
 
     assert result.exit_code == 1
     assert "line 2" in result.stderr
+
+
+def test_eval_over_a_store_is_repeatable_and_shows_intervals(tmp_path, store):
+    file = write_questions(tmp_path / "questions.jsonl")
+    options = ("--store", store, "-k", 2, "--max-new-tokens", 4, "--codecs", "bf16,int4")
+
+    first = run("eval", file, *options, "--json", store=store)
+    again = run("eval", file, *options, "--json", store=store)
+    shown = run("eval", file, *options, store=store)
+
+    assert first.exit_code == shown.exit_code == 0, first.output
+    values, repeated = json.loads(first.stdout), json.loads(again.stdout)
+    assert list(values["modes"]) == ["closed", "text", "memory bf16", "memory int4"]
+    assert values["answers"] == repeated["answers"]
+    for mode, row in values["modes"].items():
+        assert row["intervals"] == repeated["modes"][mode]["intervals"]
+        assert row["intervals"]["f1"][0] <= row["f1"] <= row["intervals"]["f1"][1]
+    assert values["modes"]["memory int4"]["stored_bytes"] < (
+        values["modes"]["memory bf16"]["stored_bytes"] / 2
+    )
+    # The file's own documents are left aside: two short chunks instead of three long ones.
+    own = json.loads(run("eval", file, "--modes", "text", "--json", store=store).stdout)
+    assert values["modes"]["text"]["prompt_tokens"] < own["modes"]["text"]["prompt_tokens"]
+    assert "memory int4" in shown.stdout
+    assert "Text is right and memory bf16 wrong on" in shown.stdout
+
+
+def test_eval_compares_models_and_asks_a_judge(tmp_path, folder):
+    file = write_questions(tmp_path / "questions.jsonl")
+    models = ("--model", build_checkpoint(), "--model", copy_checkpoint(tmp_path / "second"))
+    options = ("--corpus", folder, "--modes", "memory", "--max-new-tokens", 3, "--json")
+
+    with serve_chat(lambda prompt: "yes") as judge:
+        result = run("eval", file, *models, *options, "--judge", judge.url, store=tmp_path)
+
+    assert result.exit_code == 0, result.output
+    modes = json.loads(result.stdout)["modes"]
+    assert list(modes) == ["checkpoint: memory", "second: memory"]
+    assert modes["checkpoint: memory"]["judge"] == 100.0
+    assert len(judge.prompts) == 8
+
+
+def copy_checkpoint(folder: Path) -> Path:
+    return Path(shutil.copytree(build_checkpoint(), folder))
+
+
+def test_eval_writes_questions_when_there_are_none(tmp_path, store):
+    file = tmp_path / "mine.jsonl"
+
+    def reply(prompt: str) -> str:
+        text = next(text for text in SENTENCES if text in prompt)
+        first_words = " ".join(text.split()[:3])
+        return f"Question: What begins with {first_words}?\nAnswer: {first_words}"
+
+    with serve_chat(reply) as writer:
+        options = ("--store", store, "--make-questions", 3, "--writer", writer.url)
+        result = run("eval", file, *options, "--max-new-tokens", 2, store=store)
+        again = run("eval", file, *options, store=store)
+
+    assert result.exit_code == 0, result.output
+    assert "Wrote 3 questions" in result.stderr
+    assert "3 questions" in result.stdout
+    assert len(file.read_text().splitlines()) == 3
+    # Questions that were checked by hand are not overwritten.
+    assert again.exit_code == 2
+
+
+def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    file = write_questions(tmp_path / "questions.jsonl", repeat=20)
+    # A random model answers nothing right; a judge that likes half of its texts can be learned.
+    router, page = tmp_path / "router.json", tmp_path / "page.html"
+
+    def reply(prompt: str) -> str:
+        return "yes" if crc32(prompt.encode()) % 2 else "no"
+
+    with serve_chat(reply) as judge:
+        options = ("--store", store, "-k", 2, "--max-new-tokens", 9, "--judge", judge.url)
+        result = run("eval", file, *options, "--calibrate", router, "--report", page, store=store)
+    used = run("eval", file, *options[:-2], "--fallback", router, "--json", store=store)
+    asked = run("ask", QUESTION, "--fallback", router, "--json", store=store)
+    other = run("ask", QUESTION, "--fallback", router, store=store, seed=1)
+
+    assert result.exit_code == 0, result.output
+    assert "tested on questions the router had not seen" in result.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    row = json.loads(used.stdout)["modes"]["memory + fallback"]
+    assert row["text_share"] == pytest.approx(0.2, abs=0.03)
+    answer = json.loads(asked.stdout)
+    assert answer["mode"] in ("memory", "text")
+    assert 0 < answer["fallback_score"] < 1
+    assert other.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--store", "a", "--corpus", "."), "not both"),
+        (("--make-questions", 3), "needs --store or --corpus"),
+        (("--calibrate", "r.json", "--modes", "memory"), "modes text and memory"),
+        (("--codecs", "bf17"), "no codec"),
+        (("--model", "a/x", "--model", "b/x"), "names must differ"),
+    ],
+)
+def test_eval_refuses_what_makes_no_sense(tmp_path, options, message):
+    file = write_questions(tmp_path / "questions.jsonl")
+
+    result = run("eval", file, *options, store=tmp_path)
+
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
 # demo
