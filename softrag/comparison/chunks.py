@@ -18,7 +18,7 @@ from softrag.compressor import Compressor
 from softrag.documents import Document, Hit, document_text
 from softrag.embedder import Embedder
 from softrag.engine import SoftRAG
-from softrag.errors import StoreError
+from softrag.errors import EmptyStoreError, StoreError
 from softrag.evaluation import Question
 from softrag.files import read_files
 from softrag.store import MemoryStore
@@ -60,7 +60,7 @@ class StoredChunks:
 
     Raises:
         MemoryMismatchError: It is another one.
-        StoreError: There is no such store, or it is empty.
+        StoreError: There is no such store; EmptyStoreError: it is empty.
     """
 
     def __init__(self, store: str | Path, embedder: Embedder) -> None:
@@ -70,7 +70,7 @@ class StoredChunks:
         self._n_chunks = self._store.count()
         if not self._n_chunks:
             self._store.close()
-            raise StoreError(f"The store {store} is empty. Add documents: softrag index PATH")
+            raise EmptyStoreError(f"The store {store} is empty. Add documents: softrag index PATH")
 
     def find(self, question: str, k: int) -> list[Document]:
         """Return the `k` chunks nearest to a question, best first."""

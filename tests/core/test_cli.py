@@ -139,6 +139,7 @@ def test_ask_shows_the_answer_its_sources_and_what_text_would_have_cost(store):
         "answer",
         "mode",
         "finish_reason",
+        "fallback_score",
         "sources",
         "usage",
         "timings",
