@@ -302,11 +302,16 @@ def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = N
         if not name.startswith(("decoder.", "auto_encoding_embedding", "rerank_")):
             digest.update(name.encode())
             digest.update(_bytes(trained[name]))
+    brought = None
+    if model.config.shares_backbone and model.config.decoder_vocabulary is not None:
+        # Embeddings that the checkpoint brings decide both what is compressed and what is read.
+        brought = model.compressor.get_input_embeddings().weight
     for name, parameter in sorted(model.compressor.named_parameters()):
         if f"compressor.{name}" not in trained:
             flat = parameter.detach().flatten()
+            step = 1 if parameter is brought else max(1, len(flat) // 256)
             digest.update(name.encode())
-            digest.update(_bytes(flat[:: max(1, len(flat) // 256)]))
+            digest.update(_bytes(flat[::step]))
     return digest.hexdigest()
 
 

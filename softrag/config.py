@@ -11,6 +11,8 @@ SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
 
 READOUTS = ("memory", "window", "words")
+MEMORY_COUNTS = ("document", "row")
+PROMPT_ENCODINGS = ("parts", "whole")
 
 DOCUMENT_PROMPT = {
     "document": "{document}",
@@ -20,6 +22,9 @@ RAG_PROMPT = {
     "system": "Answer the question from the background, as briefly as possible.",
     "user": "Background:\n{documents}\n\nQuestion: {question}",
     "user_without_documents": "Question: {question}",
+    "user_with_system": "{system}\n\n{user}",
+    "memory": "{document}",
+    "text": "{document}",
     "document_separator": "\n",
 }
 
@@ -35,12 +40,26 @@ class SoftRAGConfig(PreTrainedConfig):
         compressor_config: The compressor's own configuration; None when shared.
         compressor_layers: Keep only the first so many layers of the compressor; None keeps all
             (OSCAR, section 3: "N-layers" compressors).
+        compressor_norm: Whether the norm behind the compressor's last layer is applied.
         rate: Document tokens per soft token; 16 turns 128 tokens into 8.
         rates: The rates it was trained at, where they are several: any of them may be asked for
             when loading. None: `rate` alone.
-        memory_tokens: A fixed number of soft tokens for every document; None makes it proportional,
-            `ceil(tokens / rate)`.
+        memory_tokens: A fixed number of soft tokens for every document; None makes it proportional.
+        memory_count: What a proportional number counts. `"document"`: `ceil(n / rate)` of the
+            document's tokens. `"row"`: `n // rate + 1` of all that the compressor reads (the
+            research code of 2026).
+        distinct_memory_tokens: Whether each of `memory_tokens` soft tokens has a token, `<MEM0>`,
+            `<MEM1>`, …, and an embedding of its own (PISCO), instead of `<MEM>` for all.
+        extra_tokens: Special tokens behind `<AE>` that the prompts' texts use, such as `<SEP>`.
+        decoder_vocabulary: Rows of the decoder's own embeddings and head, when the checkpoint holds
+            them; None: those of the base model.
+        compressor_vocabulary: Rows of the compressor's own embeddings, when the checkpoint holds
+            them, as it then holds every other weight of a compressor without adapters; None: those
+            of the base model.
         max_document_tokens: The longest document one memory holds, in compressor tokens.
+        max_row_tokens: Where a document that is not split is cut: most tokens of what the
+            compressor reads, memory tokens aside (the research code's cut); None cuts the document
+            at `max_document_tokens` and keeps what stands around it.
         query_dependent: The compressor reads the question with the document (OSCAR).
         rerank: A query-dependent compressor also scores the document for the question, from the
             last state of an `<RR>` token behind the `<MEM>` tokens (OSCAR, section 3).
@@ -54,8 +73,11 @@ class SoftRAGConfig(PreTrainedConfig):
             compressor that shares the decoder's backbone.
         decoder_lora: `{"r", "alpha", "dropout"}` of the decoder's adapters; None: no adapters.
         compressor_lora: The same for the compressor; None: every compressor weight is trained.
+        prompt_encoding: `"parts"`: user text is tokenized apart from the prompt around it.
+            `"whole"`: as one string with it, as the research code does; bos and other special
+            tokens are then written in the texts.
         document_prompt: Texts of `DocumentPrompt`.
-        rag_prompt: Texts of `RagPrompt`.
+        rag_prompt: Texts of `RagPrompt`; what is left out is as in `RAG_PROMPT`.
         storage: How trained base weights are stored: `"full"`, or `"int8"`: the difference to the
             base weights, quantised to 8 bits with one scale per row.
         fingerprint: Of everything that decides a memory's values; written when saved.
@@ -68,16 +90,24 @@ class SoftRAGConfig(PreTrainedConfig):
     compressor: str | None = None
     compressor_config: dict[str, Any] | None = None
     compressor_layers: int | None = None
+    compressor_norm: bool = True
     rate: int = 16
     rates: list[int] | None = None
     memory_tokens: int | None = None
+    memory_count: str = "document"
+    distinct_memory_tokens: bool = False
+    extra_tokens: list[str] = field(default_factory=list)
+    decoder_vocabulary: int | None = None
+    compressor_vocabulary: int | None = None
     max_document_tokens: int = 256
+    max_row_tokens: int | None = None
     query_dependent: bool = False
     rerank: bool = False
     readout: str = "window"
     connector_hidden: int | None = 2048
     decoder_lora: dict[str, Any] | None = None
     compressor_lora: dict[str, Any] | None = None
+    prompt_encoding: str = "parts"
     document_prompt: dict[str, str] = field(default_factory=lambda: dict(DOCUMENT_PROMPT))
     rag_prompt: dict[str, str] = field(default_factory=lambda: dict(RAG_PROMPT))
     storage: str = "full"
@@ -108,13 +138,33 @@ class SoftRAGConfig(PreTrainedConfig):
             raise ValueError(
                 "rerank scores a document for a question: it needs query_dependent as well."
             )
-        if self.readout not in READOUTS:
-            raise ValueError(f"readout is {self.readout!r}; expected one of {READOUTS}.")
+        for name, known in (
+            ("readout", READOUTS),
+            ("memory_count", MEMORY_COUNTS),
+            ("prompt_encoding", PROMPT_ENCODINGS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
+        if self.distinct_memory_tokens and self.memory_tokens is None:
+            raise ValueError("distinct_memory_tokens needs memory_tokens: how many there are.")
+        self.rag_prompt = RAG_PROMPT | self.rag_prompt
 
     @property
     def shares_backbone(self) -> bool:
         """Whether one set of base weights serves both compressor and decoder."""
         return self.compressor == SHARED
+
+    @property
+    def stores_compressor(self) -> bool:
+        """Whether the checkpoint holds every weight of the compressor, embeddings included."""
+        return self.compressor_vocabulary is not None and self.compressor_lora is None
+
+    @property
+    def memory_token_names(self) -> list[str]:
+        """The distinct memory tokens, in the order in which a document's soft tokens use them."""
+        if self.distinct_memory_tokens:
+            return [f"<MEM{index}>" for index in range(self.memory_tokens or 0)]
+        return ["<MEM>"]
 
     def sub_config(self, part: str) -> PreTrainedConfig:
         """Return the configuration of `"decoder"` or `"compressor"` as its own class."""

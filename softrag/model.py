@@ -130,16 +130,25 @@ class SoftRAGModel(PreTrainedModel):
     ) -> None:
         """Wire the parts; those not given are built from their configs with random weights."""
         super().__init__(config)
+        self._embeddings_name: str | None = None
         if decoder is None and (load_decoder or config.shares_backbone):
             decoder = AutoModelForCausalLM.from_config(config.sub_config("decoder"))
+        if decoder is not None:
+            _give_vocabulary(decoder, config.decoder_vocabulary)
+            self._embeddings_name = f"decoder.{_embeddings_name(decoder)}"
         if load_compressor and compressor is None:
             compressor = (
                 _share_backbone(decoder)
                 if config.shares_backbone and decoder is not None
                 else AutoModel.from_config(config.sub_config("compressor"))
             )
-        if compressor is not None and config.compressor_layers is not None:
-            _keep_layers(compressor, config.compressor_layers)
+        if compressor is not None:
+            if not config.shares_backbone:
+                _give_vocabulary(compressor, config.compressor_vocabulary)
+            if config.compressor_layers is not None:
+                _keep_layers(compressor, config.compressor_layers)
+            if not config.compressor_norm:
+                compressor.norm = nn.Identity()
         self.decoder = decoder if load_decoder else None
         self.compressor = compressor if load_compressor else None
         self.compressor_tokenizer: PreTrainedTokenizerBase | None = None
@@ -151,7 +160,9 @@ class SoftRAGModel(PreTrainedModel):
         if self.compressor is not None:
             width = self.compressor.config.hidden_size
             self._prepare_backbone(self.compressor)
-            self.memory_embedding = nn.Parameter(torch.zeros(width))
+            # One for all memory tokens, or one each.
+            distinct = (config.memory_tokens,) if config.distinct_memory_tokens else ()
+            self.memory_embedding = nn.Parameter(torch.zeros(*distinct, width))
             self.connector: nn.Module = (
                 nn.Identity()
                 if config.connector_hidden is None
@@ -252,10 +263,10 @@ class SoftRAGModel(PreTrainedModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, decoder, compressor)
-            model.compressor_tokenizer = _load_tokenizer(compressor_path)
+            model.compressor_tokenizer = _load_tokenizer(compressor_path, config)
             if config.rerank:
                 add_rerank_token(model.compressor_tokenizer)
-            model.decoder_tokenizer = _load_tokenizer(decoder_path)
+            model.decoder_tokenizer = _load_tokenizer(decoder_path, config)
             model._initialise_new_weights()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -282,7 +293,7 @@ class SoftRAGModel(PreTrainedModel):
         if isinstance(self.connector, Connector):
             # Random documents are enough to find the size of the compressor's states.
             ids = torch.randint(0, len(words), (8, 64), device=words.device)
-            ids = torch.cat([ids, ids.new_full((8, 4), self.memory_id)], dim=1)
+            ids = torch.cat([ids, ids.new_full((8, 4), self.memory_ids[0])], dim=1)
             read = self._read_documents(ids, torch.ones_like(ids))
             # Beside the words' own embeddings the rest starts small.
             share = 0.3 if self.config.readout == "words" else 1.0
@@ -423,21 +434,41 @@ class SoftRAGModel(PreTrainedModel):
                 raise ValueError("push_to_hub needs a repo_id, such as 'user/my-softrag-model'.")
             checkpoint.upload(folder, repo_id)
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return every parameter that differs from the base models, by the name it is saved as."""
+        parameters = {n: p for n, p in self.named_parameters() if self._is_trained(n)}
+        if self.config.shares_backbone and self.config.decoder_vocabulary is not None:
+            # The decoder's embeddings, though the compressor may be loaded alone.
+            assert self._embeddings_name is not None
+            backbone = self.compressor if self.decoder is None else self.decoder
+            if backbone is not None:
+                embeddings = backbone.get_input_embeddings().weight
+                parameters = {n: p for n, p in parameters.items() if p is not embeddings}
+                parameters[self._embeddings_name] = embeddings
+        return parameters
+
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Return every tensor that differs from the base models, by name."""
-        names = {name for name, parameter in self.named_parameters() if self._is_trained(name)}
-        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
+        """Return every tensor that differs from the base models, by the name it is saved as."""
+        return {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
 
     def _is_trained(self, name: str) -> bool:
         if name.startswith(_NEW_WEIGHTS):
             return True
         if is_lora_weight(name):
             return True
-        if name.startswith("compressor.") and self.config.compressor_lora is None:
+        if name.startswith("compressor."):
             assert self.compressor is not None
-            embeddings = self.compressor.get_input_embeddings().weight
-            return self.get_parameter(name) is not embeddings
-        return False
+            is_vocabulary = (
+                self.get_parameter(name) is self.compressor.get_input_embeddings().weight
+            )
+            if self.config.compressor_lora is None:
+                return not is_vocabulary or self.config.compressor_vocabulary is not None
+            return is_vocabulary and self.config.compressor_vocabulary is not None
+        if self.config.decoder_vocabulary is None:
+            return False
+        assert self.decoder is not None
+        ends = (self.decoder.get_input_embeddings(), self.decoder.get_output_embeddings())
+        return any(self.get_parameter(name) is end.weight for end in ends)
 
     @property
     def fingerprint(self) -> str:
@@ -468,14 +499,16 @@ class SoftRAGModel(PreTrainedModel):
     # ------------------------------------------------------------------ tensors
 
     @property
-    def memory_id(self) -> int:
-        """Token id of `<MEM>` in the compressor's inputs."""
-        return _token_id(self.compressor_tokenizer, MEMORY_TOKEN)
+    def memory_ids(self) -> list[int]:
+        """Token ids of the memory tokens in the compressor's inputs."""
+        names = self.config.memory_token_names
+        return [_token_id(self.compressor_tokenizer, name) for name in names]
 
     @property
-    def decoder_memory_id(self) -> int:
-        """Token id of `<MEM>` in the decoder's inputs."""
-        return _token_id(self.decoder_tokenizer, MEMORY_TOKEN)
+    def decoder_memory_ids(self) -> list[int]:
+        """Token ids of the memory tokens in the decoder's inputs."""
+        names = self.config.memory_token_names
+        return [_token_id(self.decoder_tokenizer, name) for name in names]
 
     @property
     def rerank_id(self) -> int:
@@ -526,7 +559,7 @@ class SoftRAGModel(PreTrainedModel):
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
         packed = pack(attention_mask)
         ids = input_ids.flatten()[packed.slot]
-        is_memory = ids == self.memory_id
+        is_memory, which = _find_tokens(ids, self.memory_ids)
         is_text = ~is_memory
         at_rerank = None
         if self.config.rerank:
@@ -541,7 +574,8 @@ class SoftRAGModel(PreTrainedModel):
             rerank = self.rerank_embedding.to(embeddings.dtype).expand(len(at_rerank), -1)
             embeddings = embeddings.index_copy(0, at_rerank, rerank)
         at_memory = is_memory.nonzero().squeeze(1)
-        memory = self.memory_embedding.to(embeddings.dtype).expand(len(at_memory), -1)
+        memory = self.memory_embedding.to(embeddings.dtype).view(-1, embeddings.shape[-1])
+        memory = memory[which[at_memory]]
         if self.config.readout == "memory":
             embeddings = embeddings.index_copy(0, at_memory, memory)
             states = self._run(self.compressor, embeddings, packed, packed.position)
@@ -574,7 +608,8 @@ class SoftRAGModel(PreTrainedModel):
         """
         if self.decoder is None:
             raise ValueError("The decoder was not loaded; use load_decoder=True.")
-        is_memory = (input_ids == self.decoder_memory_id) & attention_mask.bool()
+        is_memory, _ = _find_tokens(input_ids, self.decoder_memory_ids)
+        is_memory = is_memory & attention_mask.bool()
         is_auto_encoding = input_ids == self.auto_encoding_id
         at_memory = is_memory.flatten().nonzero().squeeze(1)
         if len(at_memory) != len(soft_tokens):
@@ -733,7 +768,8 @@ class SoftRAGModel(PreTrainedModel):
         compressed = self.compress_and_score(input_ids, attention_mask)
         if document_index is None:
             return compressed
-        counts = ((input_ids == self.memory_id) & attention_mask.bool()).sum(dim=1)
+        is_memory, _ = _find_tokens(input_ids, self.memory_ids)
+        counts = (is_memory & attention_mask.bool()).sum(dim=1)
         used = compressed.soft_tokens[_expand_spans(counts, document_index)]
         return Compressed(used, compressed.scores)
 
@@ -822,6 +858,14 @@ class _Windows:
         return total / self.count.clamp_min(1)[:, None].to(values.dtype)
 
 
+def _find_tokens(ids: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell where any of these tokens stand, and which of them; both in the shape of `ids`."""
+    if len(tokens) == 1:  # The common case waits for no copy to the device.
+        return ids == tokens[0], torch.zeros_like(ids)
+    found = ids[..., None] == torch.tensor(tokens, device=ids.device)
+    return found.any(dim=-1), found.int().argmax(dim=-1)
+
+
 def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
     """Return the soft token indices of documents in the order they are used.
 
@@ -837,6 +881,18 @@ def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
 
 def _at(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor | None:
     return None if index is None else states[index]
+
+
+def _give_vocabulary(model: LanguageModel, rows: int | None) -> None:
+    """Give a model room for the embeddings that the checkpoint brings."""
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        with quiet_loading():
+            model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _embeddings_name(model: LanguageModel) -> str:
+    embeddings = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is embeddings)
 
 
 def _share_backbone(decoder: LanguageModel) -> LanguageModel:
@@ -865,9 +921,9 @@ def _shape_of(model: LanguageModel) -> dict[str, Any]:
     return values
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str, config: SoftRAGConfig) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    add_special_tokens(tokenizer)
+    add_special_tokens(tokenizer, config)
     return tokenizer
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from softrag.config import SoftRAGConfig
 from softrag.errors import EmptyDocumentError
 from softrag.text import memory_length
+from softrag.verbatim import VerbatimEncoder
 
 MEMORY_TOKEN = "<MEM>"
 AUTO_ENCODING_TOKEN = "<AE>"
@@ -28,12 +28,20 @@ RERANK_TOKEN = "<RR>"
 _DOCUMENTS, _QUESTION, _ANSWER = "\ue0d0", "\ue0d1", "\ue0d2"
 
 
+class _Text(str):
+    """What a user wrote: special tokens in it are letters."""
+
+
+# Prompt text, user text, or a number of soft tokens.
+_Part = str | int
+
+
 class DocumentRow(NamedTuple):
     """What the compressor reads for one document.
 
     Attributes:
-        input_ids: Prompt and document, then one `<MEM>` per soft token, and an `<RR>` for models
-            that rerank.
+        input_ids: Prompt and document, then one memory token per soft token, and an `<RR>` for
+            models that rerank.
         n_memory: Number of `<MEM>` in it.
         n_document_tokens: Document tokens that are read.
         truncated: Whether the document was longer than that.
@@ -57,9 +65,18 @@ class PromptRow(NamedTuple):
     answer_start: int
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add `<MEM>` and `<AE>` behind every existing token; adding them twice changes nothing."""
-    tokenizer.add_tokens([MEMORY_TOKEN, AUTO_ENCODING_TOKEN], special_tokens=True)
+def add_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: SoftRAGConfig | None = None
+) -> None:
+    """Add memory tokens, `<AE>` and the config's extra tokens, in this order, behind every other.
+
+    Adding them twice changes nothing. Without a config there is one memory token, `<MEM>`.
+    """
+    config = config or SoftRAGConfig()
+    tokenizer.add_tokens(
+        [*config.memory_token_names, AUTO_ENCODING_TOKEN, *config.extra_tokens],
+        special_tokens=True,
+    )
 
 
 def add_rerank_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,24 +89,44 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
 
 
+Token = TypeVar("Token", int, str)
+
+
+def memory_row(tokens: Sequence[Token], length: int) -> list[Token]:
+    """Return so many memory tokens, in turn.
+
+    >>> memory_row([5], 3), memory_row([5, 6], 2)
+    ([5, 5, 5], [5, 6])
+    """
+    return [tokens[index % len(tokens)] for index in range(length)]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize user text: special tokens written in it, `<MEM>` included, stay plain text."""
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
-@dataclass(frozen=True)
 class DocumentPrompt:
     """What the compressor reads: a document (PISCO), or a question and a document (OSCAR).
 
     Attributes:
-        tokenizer: The compressor's, with `<MEM>` (and `<RR>`) added.
+        tokenizer: The compressor's, with memory tokens (and `<RR>`) added.
         config: Gives the texts, the rate and the length limit.
         rate: Document tokens per soft token; None: the config's.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    config: SoftRAGConfig
-    rate: int | None = None
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SoftRAGConfig,
+        rate: int | None = None,
+    ) -> None:
+        """Look up the memory tokens."""
+        self.tokenizer = tokenizer
+        self.config = config
+        self.rate = rate
+        self.memory_ids = [token_id(tokenizer, name) for name in config.memory_token_names]
+        self._verbatim = VerbatimEncoder(tokenizer) if config.prompt_encoding == "whole" else None
 
     @classmethod
     def from_config(
@@ -101,12 +138,6 @@ class DocumentPrompt:
     def tokenize(self, text: str) -> list[int]:
         """Return the compressor's token ids of a text, without any prompt."""
         return encode_text(self.tokenizer, text)
-
-    def memory_length(self, n_document_tokens: int) -> int:
-        """Return how many soft tokens a document of so many tokens becomes."""
-        if self.config.memory_tokens is not None:
-            return self.config.memory_tokens
-        return memory_length(n_document_tokens, self.rate or self.config.rate)
 
     def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:
         """Lay out one document for the compressor.
@@ -129,30 +160,49 @@ class DocumentPrompt:
         ids = self.tokenize(document) if isinstance(document, str) else list(document)
         if not ids:
             raise EmptyDocumentError("The document is empty; there is nothing to compress.")
-        # Cut the document, never the layout: every placeholder below stays whole.
-        kept = ids[: self.config.max_document_tokens]
         texts = self.config.document_prompt
         template = texts["document" if question is None else "document_with_question"]
-        before, after = template.split("{document}")
-        n_memory = self.memory_length(len(kept))
-        memory_id = token_id(self.tokenizer, MEMORY_TOKEN)
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        row = [
-            *bos,
-            *self._fill(before, question),
-            *kept,
-            *self._fill(after, question),
-            *[memory_id] * n_memory,
-            *([token_id(self.tokenizer, RERANK_TOKEN)] if self.config.rerank else []),
-        ]
-        return DocumentRow(row, n_memory, len(kept), len(kept) < len(ids))
+        before, after = (self._fill(part, question) for part in template.split("{document}"))
+        n_read = min(len(ids), self.config.max_document_tokens)
+        truncated = n_read < len(ids)
+        if not truncated:
+            row = self._lay_out(before, document, after)
+        elif self.config.max_row_tokens is None:
+            # Cut the document, never the layout.
+            row = self._lay_out(before, ids[:n_read], after)
+        else:
+            row = self._lay_out(before, document, after)[: self.config.max_row_tokens]
+            n_read = min(len(ids), len(row) - len(self._lay_out(before, [], "")))
+        n_memory = self.memory_length(n_read, len(row))
+        row += memory_row(self.memory_ids, n_memory)
+        if self.config.rerank:
+            row.append(token_id(self.tokenizer, RERANK_TOKEN))
+        return DocumentRow(row, n_memory, n_read, truncated)
 
-    def _fill(self, template: str, question: str | None) -> list[int]:
-        if not template:
-            return []
-        if question is None:
-            return self.tokenize(template)
-        return self.tokenize(template.replace("{question}", question))
+    def memory_length(self, n_document_tokens: int, n_row_tokens: int) -> int:
+        """Return how many soft tokens a document of so many tokens in such a row becomes."""
+        if self.config.memory_tokens is not None:
+            return self.config.memory_tokens
+        if self.config.memory_count == "row":
+            return n_row_tokens // (self.rate or self.config.rate) + 1
+        return memory_length(n_document_tokens, self.rate or self.config.rate)
+
+    def _lay_out(self, before: str, document: str | Sequence[int], after: str) -> list[int]:
+        if self._verbatim is not None:
+            if isinstance(document, str):
+                return self._verbatim.encode(before + self._verbatim.plain(document) + after)
+            return [*self._verbatim.encode(before), *document, *self._verbatim.encode(after)]
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = self.tokenize(document) if isinstance(document, str) else document
+        return [*bos, *self.tokenize(before), *ids, *self.tokenize(after)]
+
+    def _fill(self, template: str, question: str | None) -> str:
+        """Return a part of the template with the question in it, ready for `_lay_out`."""
+        question = question or ""
+        if self._verbatim is None:
+            return template.replace("{question}", question)
+        marked = self._verbatim.mark(template)
+        return marked.replace("{question}", self._verbatim.plain(question))
 
 
 class RagPrompt:
@@ -162,7 +212,9 @@ class RagPrompt:
         """Render the chat template once; `render` only fills the gaps."""
         self.tokenizer = tokenizer
         self.config = config
-        self.memory_id = token_id(tokenizer, MEMORY_TOKEN)
+        self.memory_ids = [token_id(tokenizer, name) for name in config.memory_token_names]
+        self._verbatim = VerbatimEncoder(tokenizer) if config.prompt_encoding == "whole" else None
+        self._encoded: dict[str, list[int]] = {}
         texts = config.rag_prompt
         self._with_documents = self._pieces(
             texts["user"].format(documents=_DOCUMENTS, question=_QUESTION)
@@ -170,13 +222,17 @@ class RagPrompt:
         self._without_documents = self._pieces(
             texts["user_without_documents"].format(question=_QUESTION)
         )
-        self._separator = self._encode_template(texts["document_separator"])
         self._end = self._answer_end()
 
     @classmethod
     def from_config(cls, config: SoftRAGConfig, tokenizer: PreTrainedTokenizerBase) -> RagPrompt:
         """Build the prompt that a checkpoint was trained with."""
         return cls(tokenizer, config)
+
+    @property
+    def memory_id(self) -> int:
+        """The memory token, the first where there are several."""
+        return self.memory_ids[0]
 
     @property
     def end_id(self) -> int:
@@ -202,15 +258,11 @@ class RagPrompt:
                 question is asked without documents (closed book).
             answer: What to teach; None asks.
         """
-        pieces = self._with_documents if documents else self._without_documents
-        ids: list[int] = []
-        for piece in pieces:
-            if piece == _DOCUMENTS:
-                ids += self._render_documents(documents)
-            elif piece == _QUESTION:
-                ids += encode_text(self.tokenizer, question.strip())
-            else:
-                ids += piece
+        ids = self._join(
+            part
+            for piece in (self._with_documents if documents else self._without_documents)
+            for part in self._fill(piece, question.strip(), documents)
+        )
         answer_start = len(ids)
         if answer is not None:
             # Tokenized apart from the prompt, because generation begins at exactly this border.
@@ -220,27 +272,52 @@ class RagPrompt:
     def render_memories(self, lengths: Sequence[int]) -> list[int]:
         """Lay out memories alone, without a question: what pre-training reads."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return bos + self._render_documents(lengths)
+        return bos + self._join(self._document_parts(lengths))
 
-    def _render_documents(self, documents: Sequence[int | str]) -> list[int]:
-        ids: list[int] = []
+    def _fill(self, piece: str, question: str, documents: Sequence[int | str]) -> Iterator[_Part]:
+        if piece == _DOCUMENTS:
+            yield from self._document_parts(documents)
+        else:
+            yield _Text(question) if piece == _QUESTION else piece
+
+    def _document_parts(self, documents: Sequence[int | str]) -> Iterator[_Part]:
+        texts = self.config.rag_prompt
         for index, document in enumerate(documents):
             if index:
-                ids += self._separator
-            if isinstance(document, str):
-                ids += encode_text(self.tokenizer, document)
-            else:
-                ids += [self.memory_id] * document
+                yield texts["document_separator"]
+            template = texts["text" if isinstance(document, str) else "memory"]
+            before, after = template.replace("{number}", str(index)).split("{document}")
+            yield before
+            yield _Text(document) if isinstance(document, str) else document
+            yield after
+
+    def _join(self, parts: Iterable[_Part]) -> list[int]:
+        """Tokenize prompt text, user text and memories: apart, or as one string."""
+        if self._verbatim is not None:
+            names = self.config.memory_token_names
+            return self._verbatim.encode(
+                "".join(
+                    self._verbatim.plain(part)
+                    if isinstance(part, _Text)
+                    else self._verbatim.mark(
+                        part if isinstance(part, str) else "".join(memory_row(names, part))
+                    )
+                    for part in parts
+                )
+            )
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids += memory_row(self.memory_ids, part)
+            elif isinstance(part, _Text):
+                ids += encode_text(self.tokenizer, part)
+            elif part:
+                ids += self._encode_template(part)
         return ids
 
-    def _pieces(self, user: str) -> list[Any]:
-        """Return token ids of the fixed text, with the stand-ins between them."""
-        parts = re.split(f"([{_DOCUMENTS}{_QUESTION}])", self._chat(user))
-        return [
-            part if part in (_DOCUMENTS, _QUESTION) else self._encode_template(part)
-            for part in parts
-            if part
-        ]
+    def _pieces(self, user: str) -> list[str]:
+        """Return the fixed texts of a conversation, with the stand-ins between them."""
+        return [part for part in re.split(f"([{_DOCUMENTS}{_QUESTION}])", self._chat(user)) if part]
 
     def _chat(self, user: str, answer: str | None = None) -> str:
         """Render system and user text with the chat template, thinking switched off."""
@@ -255,7 +332,8 @@ class RagPrompt:
             return self._apply_template([{"role": "system", "content": system}, *turns], answer)
         except TemplateError:
             # No system role in this template (Mistral, Gemma): say it in the user's turn.
-            turns[0] = {"role": "user", "content": f"{system}\n\n{user}"}
+            folded = self.config.rag_prompt["user_with_system"].format(system=system, user=user)
+            turns[0] = {"role": "user", "content": folded}
             return self._apply_template(turns, answer)
 
     def _apply_template(self, messages: list[dict[str, str]], answer: str | None) -> str:
@@ -269,7 +347,9 @@ class RagPrompt:
 
     def _encode_template(self, text: str) -> list[int]:
         # Templates write their special tokens, bos included, as text.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        if text not in self._encoded:
+            self._encoded[text] = list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encoded[text]
 
     def _answer_end(self) -> int:
         """Return the token that the chat template puts behind an answer, else eos."""
@@ -298,4 +378,15 @@ def prompt_signature(config: SoftRAGConfig) -> str:
         "query_dependent": config.query_dependent,
         "readout": config.readout,
     }
+    # Younger settings count where they are used, so that fingerprints of older models stay.
+    default = SoftRAGConfig()
+    for name in (
+        "compressor_norm",
+        "memory_count",
+        "distinct_memory_tokens",
+        "max_row_tokens",
+        "prompt_encoding",
+    ):
+        if getattr(config, name) != getattr(default, name):
+            settings[name] = getattr(config, name)
     return json.dumps(settings, sort_keys=True)

@@ -23,7 +23,7 @@ PACKAGES = {
 CORE_LAYERS = [
     {"errors"},
     {"extras"},
-    {"config", "text", "memory", "adapters", "base_models", "batching", "packing"},
+    {"config", "text", "memory", "adapters", "base_models", "batching", "packing", "verbatim"},
     {"documents", "prompt", "codec", "handles", "embedder"},
     {"answer", "batch", "checkpoint", "evaluation", "files"},
     {"model", "asynchronous"},

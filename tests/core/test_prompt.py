@@ -272,12 +272,19 @@ class TestDocumentPrompt:
         (129, {"rate": 16}, 9),
         (1, {"memory_tokens": 8}, 8),
         (500, {"memory_tokens": 8}, 8),
+        # bos and 127 tokens, and one more than would do.
+        (127, {"rate": 16, "memory_count": "row"}, 9),
+        (126, {"rate": 16, "memory_count": "row"}, 8),
     ],
 )
 def test_the_number_of_soft_tokens_follows_the_length_or_is_fixed(
     tokens: int, changes: dict, expected: int
 ) -> None:
-    assert document_prompt(build_tokenizer("Llama"), **changes).memory_length(tokens) == expected
+    tokenizer = build_tokenizer("Llama")
+    add_special_tokens(tokenizer)
+    prompt = document_prompt(tokenizer, max_document_tokens=500, **changes)
+
+    assert prompt.render([7] * tokens).n_memory == expected
 
 
 def test_adding_the_special_tokens_moves_no_other(tiny_family: Path) -> None:

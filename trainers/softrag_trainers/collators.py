@@ -157,7 +157,7 @@ class MemoryCollator(ABC):
 
     def _checked(self, row: Any) -> Lesson:  # noqa: ANN401
         lesson = self.lesson(row)
-        placeholders = lesson.prompt.input_ids.count(self.rag_prompt.memory_id)
+        placeholders = sum(map(lesson.prompt.input_ids.count, self.rag_prompt.memory_ids))
         soft_tokens = sum(document.n_memory for document in lesson.documents)
         if placeholders != soft_tokens:
             raise ValueError(
