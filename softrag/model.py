@@ -24,14 +24,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutput
 
-from softrag import checkpoint
+from softrag import checkpoint, layouts
 from softrag.adapters import add_lora, is_lora_weight, merge_lora
-from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model
+from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model, shape_of
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import PlaceholderMismatchError
+from softrag.layouts import base_model_error
 from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed
 from softrag.prompt import (
     AUTO_ENCODING_TOKEN,
@@ -252,14 +254,14 @@ class SoftRAGModel(PreTrainedModel):
         decoder_path = resolve_base_model(config.decoder)
         with quiet_loading():
             decoder = AutoModelForCausalLM.from_pretrained(decoder_path, dtype=frozen)
-        config.decoder_config = _shape_of(decoder)
+        config.decoder_config = shape_of(decoder.config)
         compressor_path, compressor = decoder_path, None
         if not config.shares_backbone:
             compressor_path = resolve_base_model(config.compressor)
             kept = frozen if config.compressor_lora is not None else dtype
             with quiet_loading():
                 compressor = AutoModel.from_pretrained(compressor_path, dtype=kept)
-            config.compressor_config = _shape_of(compressor)
+            config.compressor_config = shape_of(compressor.config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, decoder, compressor)
@@ -335,7 +337,8 @@ class SoftRAGModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: A folder written by `save_pretrained`, or its hub name.
-            base_model: Where the decoder's base model is, when not where the checkpoint says.
+            base_model: Where the decoder's base model is, when not where the checkpoint says; also
+                the compressor's, where it has the same one.
             load_decoder: False leaves out what only answering needs.
             load_compressor: False leaves out what only indexing needs.
             dtype: Of all weights. `"auto"`: bfloat16 on a GPU; on a CPU float32 for the decoder,
@@ -351,7 +354,8 @@ class SoftRAGModel(PreTrainedModel):
             ValueError: The checkpoint was not trained at this rate.
         """
         folder = checkpoint.locate(pretrained_model_name_or_path, revision=revision)
-        config = checkpoint.read_config(folder)
+        source = layouts.open_source(folder, base_model=base_model)
+        config = source.config
         trained_at = config.rates or [config.rate]
         if rate is not None and (rate not in trained_at or config.memory_tokens is not None):
             raise ValueError(
@@ -363,28 +367,27 @@ class SoftRAGModel(PreTrainedModel):
                     else f"for {config.memory_tokens} soft tokens, whatever the document's length."
                 )
             )
-        if base_model is not None:
-            config.decoder = str(base_model)
-            if not config.shares_backbone and config.compressor_config == config.decoder_config:
-                config.compressor = str(base_model)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         decoder_dtype, compressor_dtype = _choose_dtypes(config, dtype, target)
         decoder = compressor = None
         if load_decoder or config.shares_backbone:
-            path = resolve_base_model(str(config.decoder))
-            with quiet_loading():
-                decoder = AutoModelForCausalLM.from_pretrained(path, dtype=decoder_dtype)
-        if load_compressor and not config.shares_backbone:
+            decoder = _load_base(AutoModelForCausalLM, source, "decoder", decoder_dtype, target)
+        if load_compressor and not config.shares_backbone and not config.stores_compressor:
             # In float32 first: stored differences are added to the base weights before rounding.
-            path = resolve_base_model(str(config.compressor))
-            with quiet_loading():
-                compressor = AutoModel.from_pretrained(path, dtype=torch.float32)
-        model = cls(
-            config, decoder, compressor, load_decoder=load_decoder, load_compressor=load_compressor
-        )
-        model.compressor_tokenizer = checkpoint.read_tokenizer(folder, "compressor_tokenizer")
-        model.decoder_tokenizer = checkpoint.read_tokenizer(folder, "decoder_tokenizer")
-        checkpoint.load_weights(model, folder)
+            compressor = _load_base(
+                AutoModel, source, "compressor", torch.float32, torch.device("cpu")
+            )
+        with no_init_weights():  # Whatever is built here is filled below.
+            model = cls(
+                config,
+                decoder,
+                compressor,
+                load_decoder=load_decoder,
+                load_compressor=load_compressor,
+            )
+        model.compressor_tokenizer = source.compressor_tokenizer
+        model.decoder_tokenizer = source.decoder_tokenizer
+        checkpoint.load_weights(model, source)
         if model.compressor is not None:
             # What decides a memory's values is hashed before any rounding to the target's dtype.
             model._fingerprint = checkpoint.fingerprint(model)
@@ -913,12 +916,31 @@ def _keep_layers(model: LanguageModel, layers: int) -> None:
         model.config.layer_types = model.config.layer_types[:layers]
 
 
-def _shape_of(model: LanguageModel) -> dict[str, Any]:
-    """Return a base model's configuration, without where and how it was loaded here."""
-    values = model.config.to_diff_dict()
-    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype"):
-        values.pop(name, None)
-    return values
+def _load_base(
+    kind: type[AutoModel] | type[AutoModelForCausalLM],
+    source: checkpoint.Source,
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LanguageModel:
+    """Load the base model of `"decoder"` or `"compressor"`, straight onto a device.
+
+    Raises:
+        CheckpointError: It is neither where the checkpoint says nor on a reachable hub.
+    """
+    name = str(getattr(source.config, part))
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if device.type != "cpu":
+        # Without a copy on the host: the files are mapped, and read into the device's memory.
+        options["device_map"] = {"": device}
+    if part == "decoder" and source.config.decoder_vocabulary is not None:
+        # The checkpoint may bring a head of its own where the base model has none.
+        options["tie_word_embeddings"] = source.config.sub_config(part).tie_word_embeddings
+    try:
+        with quiet_loading():
+            return kind.from_pretrained(resolve_base_model(name), **options)
+    except (OSError, ValueError) as error:
+        raise base_model_error(source.folder, name, error) from error
 
 
 def _load_tokenizer(path: str, config: SoftRAGConfig) -> PreTrainedTokenizerBase:

@@ -6,6 +6,7 @@ knows nothing of tensors or models.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,6 +135,12 @@ class DocumentPrompt:
     ) -> DocumentPrompt:
         """Build the prompt that a checkpoint was trained with."""
         return cls(tokenizer, config)
+
+    def at_rate(self, rate: int) -> DocumentPrompt:
+        """Return the same prompt at another rate."""
+        other = copy.copy(self)
+        other.rate = rate
+        return other
 
     def tokenize(self, text: str) -> list[int]:
         """Return the compressor's token ids of a text, without any prompt."""

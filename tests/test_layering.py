@@ -26,6 +26,7 @@ CORE_LAYERS = [
     {"config", "text", "memory", "adapters", "base_models", "batching", "packing", "verbatim"},
     {"documents", "prompt", "codec", "handles", "embedder"},
     {"answer", "batch", "checkpoint", "evaluation", "files"},
+    {"layouts"},
     {"model", "asynchronous"},
     {"export"},
     {"compressor", "decoder", "store"},

@@ -11,7 +11,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class MemoryCollator(ABC):
             self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
             if self.config.rates:
                 rate = self.random.choice(self.config.rates)
-                self.document_prompt = replace(self.document_prompt, rate=rate)
+                self.document_prompt = self.document_prompt.at_rate(rate)
             lesson = self._checked(row)
             lessons.append(lesson)
             read.append(self._with_noise(lesson.prompt))

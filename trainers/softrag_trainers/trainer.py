@@ -268,7 +268,8 @@ class SoftRAGTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        checkpoint.load_weights(self.bare_model, Path(resume_from_checkpoint))
+        source = checkpoint.open_source(Path(resume_from_checkpoint))
+        checkpoint.load_weights(self.bare_model, source)
 
 
 def _checkpoint_activations(model: SoftRAGModel) -> None:
