@@ -109,9 +109,17 @@ class PromptBuilder:
 
         Args:
             decoder: As in `PromptEmbeddings.from_pretrained`; None for the checkpoint's base model.
+
+        Raises:
+            ValueError: The checkpoint brings embeddings of its own, which the base model lacks.
         """
+        if decoder is None and self.prompt.config.decoder_vocabulary is not None:
+            raise ValueError(
+                "This checkpoint's decoder has embeddings of its own. Export it first "
+                "(softrag convert --merge, or softrag.export.export_decoder) and give its folder."
+            )
         return PromptEmbeddings.from_pretrained(
-            decoder or str(self.prompt.config.decoder), memory_id=self.prompt.memory_id
+            decoder or str(self.prompt.config.decoder), memory_ids=self.prompt.memory_ids
         )
 
 
@@ -120,22 +128,22 @@ class PromptEmbeddings:
 
     Args:
         layer: The decoder's input embeddings.
-        memory_id: Token id of `<MEM>` in prompts.
+        memory_ids: Token ids of the memory tokens in prompts.
     """
 
-    def __init__(self, layer: nn.Module, *, memory_id: int) -> None:
+    def __init__(self, layer: nn.Module, *, memory_ids: Sequence[int]) -> None:
         # A layer that scales (Gemma) does so in the precision it is kept in.
         self._layer = layer if type(layer) is nn.Embedding else layer.float()
-        self._memory_id = memory_id
+        self._memory_ids = torch.tensor(memory_ids)
 
     @classmethod
-    def from_pretrained(cls, decoder: str | Path, *, memory_id: int) -> PromptEmbeddings:
+    def from_pretrained(cls, decoder: str | Path, *, memory_ids: Sequence[int]) -> PromptEmbeddings:
         """Read the embeddings of a language model, in the dtype they are stored in.
 
         Args:
             decoder: Folder or name of the decoder, exported or base: adapters never change the
                 embeddings.
-            memory_id: Token id of `<MEM>` in prompts.
+            memory_ids: Token ids of the memory tokens in prompts.
         """
         path = resolve_base_model(str(decoder))
         config = AutoConfig.from_pretrained(path)
@@ -145,7 +153,7 @@ class PromptEmbeddings:
             config.layer_types = []
         with quiet_loading():
             model = AutoModel.from_pretrained(path, config=config, dtype="auto")
-        return cls(model.get_input_embeddings().requires_grad_(False), memory_id=memory_id)
+        return cls(model.get_input_embeddings().requires_grad_(False), memory_ids=memory_ids)
 
     @torch.no_grad()
     def embed(self, built: BuiltPrompt) -> torch.Tensor:
@@ -157,8 +165,8 @@ class PromptEmbeddings:
             NonFiniteMemoryError: The result holds NaN or infinity.
         """
         ids = torch.tensor(built.input_ids)
-        is_memory = ids == self._memory_id
-        # `<MEM>` lies behind the base vocabulary; any word will do in its place.
+        is_memory = torch.isin(ids, self._memory_ids)
+        # They may lie behind the base vocabulary; any word will do in its place.
         embeddings = self._layer(torch.where(is_memory, 0, ids))
         if built.memories:
             soft_tokens = torch.cat([memory.values for memory in built.memories])
