@@ -135,6 +135,38 @@ def packed_attention(
     return output[None], None
 
 
+def packed_sequences(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attend causally within packed sequences.
+
+    Args:
+        q: `(T, heads, head_dim)`.
+        k: `(T, kv_heads, head_dim)`.
+        v: As `k`.
+        cu_seq_lens: `(sequences + 1,)` int32 borders.
+        max_length: At least the longest sequence.
+        scale: Of the scores.
+
+    Returns:
+        `(T, heads, head_dim)`.
+    """
+    kernel = _fused_attention() if q.is_cuda else None
+    if kernel is not None and can_capture(q.dtype):
+        return kernel(q, k, v, cu_seq_lens, max_length, scale, None)
+    return _sequence_by_sequence(q, k, v, cu_seq_lens, scale, None)
+
+
+def can_capture(dtype: torch.dtype) -> bool:
+    """Tell whether packed attention on a GPU runs without asking for lengths on the CPU."""
+    return dtype in (torch.float16, torch.bfloat16) and _fused_attention() is not None
+
+
 @cache
 def _fused_attention() -> Fused | None:
     """Choose flash-attn when installed, else torch's own variable-length kernel, else None."""

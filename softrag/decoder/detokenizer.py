@@ -36,6 +36,10 @@ class Detokenizer:
         # Byte-level vocabularies split characters; "\ufffd" stands for a part of one.
         return self._emit(text[: len(text.rstrip("\ufffd")) - self._undecided(text)])
 
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Take tokens whose text is asked for at the end only (`finish`); no stop strings."""
+        self._ids.extend(token_ids)
+
     def finish(self) -> str:
         """Return what was held back: no more tokens come."""
         return "" if self.stopped else self._emit(self._decode())

@@ -1,0 +1,118 @@
+"""One request on its way from prompt to answer. It knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from softrag.decoder.base import DecodeRequest, DecodeResult
+from softrag.decoder.detokenizer import Detokenizer
+from softrag.memory import Memory
+from softrag.prompt import PromptRow
+
+
+class Row:
+    """A request, its prompt and what has been answered so far.
+
+    Attributes:
+        request: What was asked.
+        prompt: Its layout.
+        finish_reason: Why the answer ended; None while it goes on.
+        error: What broke it, to be raised to its caller.
+        cancelled: Whether its caller is gone.
+        n_tokens: Tokens it was given.
+        n_started: Steps it takes or took part in; the tokens of the last may not be here yet.
+        wake: Wakes the caller, when there is something new for it.
+    """
+
+    def __init__(
+        self,
+        request: DecodeRequest,
+        prompt: PromptRow,
+        detokenizer: Detokenizer,
+        *,
+        streamed: bool = False,
+    ) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.n_tokens = 0
+        self.n_started = 0
+        self.wake: Callable[[], None] = lambda: None
+        self._detokenizer = detokenizer
+        # Nobody looks at the text before the end: put all tokens in words at once then.
+        self._at_once = not streamed and not request.stop
+        self._pending: list[int] = []
+        self._delta = ""
+        self._first_token_s = 0.0
+        self._started = perf_counter()
+        self._random = torch.Generator()
+        if request.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(request.seed)
+
+    @property
+    def done(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def memories(self) -> list[Memory]:
+        """The memories it reads, in order."""
+        return [document for document in self.request.documents if isinstance(document, Memory)]
+
+    def seed(self) -> int:
+        """Return the number its sampling starts from."""
+        return self._random.initial_seed() & (2**62 - 1)
+
+    def sample(self, logits: torch.Tensor) -> int:
+        """Return a token drawn from `(vocabulary,)` logits at the request's temperature."""
+        # On the CPU and with a generator of its own, so that neighbours in the batch and the
+        # device change nothing.
+        weights = (logits.float().cpu() / self.request.temperature).softmax(-1)
+        return int(torch.multinomial(weights, 1, generator=self._random))
+
+    def push(self, token: int, end_ids: set[int]) -> None:
+        """Take the chosen token; sets `finish_reason` when it was the last."""
+        if not self.n_tokens:
+            self._first_token_s = perf_counter() - self._started
+        self.n_tokens += 1
+        ended = token in end_ids
+        if not ended and self._at_once:
+            self._pending.append(token)
+        elif not ended:
+            self._delta += self._detokenizer.push(token)
+        if ended or self._detokenizer.stopped:
+            self.finish_reason = "stop"
+        elif self.n_tokens == self.request.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            if self._pending:
+                self._detokenizer.extend(self._pending)
+            self._delta += self._detokenizer.finish()
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether text became certain since it was last taken."""
+        return bool(self._delta)
+
+    def take_delta(self) -> str:
+        """Return the text that became certain since the last call."""
+        delta, self._delta = self._delta, ""
+        return delta
+
+    def result(self) -> DecodeResult:
+        """Return the answer so far."""
+        return DecodeResult(
+            text=self._detokenizer.text,
+            prompt_tokens=len(self.prompt.input_ids),
+            soft_tokens=sum(len(memory) for memory in self.memories),
+            completion_tokens=self.n_tokens,
+            first_token_s=self._first_token_s,
+            finish_reason="stop" if self.finish_reason == "stop" else "length",
+        )

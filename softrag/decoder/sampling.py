@@ -1,0 +1,39 @@
+"""Choosing tokens on the device. It knows no model."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Return one token per row: the likeliest at temperature 0, else one drawn from its weights.
+
+    What is drawn depends on the row's own seed and count alone, so neighbours in a batch change
+    nothing: the Gumbel-max trick with noise that is a hash of seed, count and token.
+
+    Args:
+        logits: `(rows, vocabulary)`.
+        temperature: `(rows,)`.
+        seeds: `(rows,)` int64.
+        counts: `(rows,)` int64, another for every token of a row.
+
+    Returns:
+        `(rows,)` int64.
+    """
+    cold = temperature <= 0
+    scaled = logits.float() / torch.where(cold, 1.0, temperature)[:, None]
+    token = torch.arange(logits.shape[1], device=logits.device)
+    start = _mix(_mix(seeds) + counts)  # (rows,)
+    bits = (_mix(start[:, None] + token) >> 40) & 0xFFFFFF  # (rows, vocabulary), 24 bits
+    noise = -torch.log(-torch.log((bits.float() + 0.5) / 2**24))
+    return torch.where(cold[:, None], scaled, scaled + noise).argmax(-1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble int64 numbers (the finalizer of splitmix64; products wrap around)."""
+    x = (x + -7046029254386353131).clone()
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
