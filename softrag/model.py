@@ -33,8 +33,9 @@ from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model, s
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import PlaceholderMismatchError
+from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
 from softrag.layouts import base_model_error
-from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed
+from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed, send
 from softrag.prompt import (
     AUTO_ENCODING_TOKEN,
     MEMORY_TOKEN,
@@ -157,6 +158,7 @@ class SoftRAGModel(PreTrainedModel):
         self.decoder_tokenizer: PreTrainedTokenizerBase | None = None
         self._fingerprint: str | None = None
         self._loss = _summed_loss
+        self._fused_compressor: PackedRunner | None = None
 
         decoder_width = config.sub_config("decoder").hidden_size
         if self.compressor is not None:
@@ -296,7 +298,7 @@ class SoftRAGModel(PreTrainedModel):
             # Random documents are enough to find the size of the compressor's states.
             ids = torch.randint(0, len(words), (8, 64), device=words.device)
             ids = torch.cat([ids, ids.new_full((8, 4), self.memory_ids[0])], dim=1)
-            read = self._read_documents(ids, torch.ones_like(ids))
+            read = self._read_documents(ids.flatten(), pack(torch.ones_like(ids)))
             # Beside the words' own embeddings the rest starts small.
             share = 0.3 if self.config.readout == "words" else 1.0
             self.connector.match_scale(
@@ -499,6 +501,24 @@ class SoftRAGModel(PreTrainedModel):
                 merge_lora(part.base_model)
         return self
 
+    def fuse_compressor(self, batch_tokens: int) -> None:
+        """Let `compress` run fused on a GPU from now on, where gradients are off.
+
+        Args:
+            batch_tokens: Tokens of a full batch, which is captured as a CUDA graph.
+        """
+        if self.compressor is None or self._fused_compressor is not None:
+            return
+        reason = why_not_fused(self.compressor)
+        if reason:
+            logger.info("the compressor runs eagerly: %s", reason)
+            return
+        self._fused_compressor = PackedRunner(
+            FusedBackbone(self.compressor),
+            width=batch_tokens,
+            capture=self.device.type == "cuda",
+        )
+
     # ------------------------------------------------------------------ tensors
 
     @property
@@ -545,7 +565,18 @@ class SoftRAGModel(PreTrainedModel):
             input_ids: As in `compress`; for a model with a rerank head, with one `<RR>` per row.
             attention_mask: As in `compress`.
         """
-        read = self._read_documents(input_ids, attention_mask)
+        packed = pack(attention_mask)
+        return self.compress_packed(input_ids.flatten()[packed.slot], packed)
+
+    def compress_packed(self, ids: torch.Tensor, packed: Packed) -> Compressed:
+        """Do what `compress_and_score` does, for documents without padding.
+
+        Args:
+            ids: `(T,)` of all documents, one after the other. On the CPU it spares the host from
+                waiting for a GPU: what depends on the ids is found out there.
+            packed: Where each document stands, on the same device.
+        """
+        read = self._read_documents(ids, packed)
         soft_tokens = self.connector(read.memory)
         if read.words is not None:
             soft_tokens = soft_tokens + self.word_projection(read.words)
@@ -556,35 +587,39 @@ class SoftRAGModel(PreTrainedModel):
             scores = (read.rerank.float() * weight).sum(-1) + self.rerank_head.bias.float()
         return Compressed(soft_tokens, scores)
 
-    def _read_documents(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Read:
-        """Run the compressor over `(documents, tokens)`."""
+    def _read_documents(self, ids: torch.Tensor, packed: Packed) -> _Read:
+        """Run the compressor over `(T,)` ids."""
         if self.compressor is None:
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
-        packed = pack(attention_mask)
-        ids = input_ids.flatten()[packed.slot]
+        device = self.compressor.device
         is_memory, which = _find_tokens(ids, self.memory_ids)
         is_text = ~is_memory
         at_rerank = None
         if self.config.rerank:
             is_rerank = ids == self.rerank_id
             is_text &= ~is_rerank
-            at_rerank = is_rerank.nonzero().squeeze(1)
+            at_rerank = send(is_rerank.nonzero().squeeze(1), device)
+        at_memory = is_memory.nonzero().squeeze(1)
+        windows = at_text = None
+        if self.config.readout != "memory":
+            at_text = is_text.nonzero().squeeze(1)
+            windows = _Windows.of(packed, is_memory, at_text, at_memory).to(device)
+            at_text = send(at_text, device)
+        which = send(which[at_memory], device)
+        packed, at_memory = packed.to(device), send(at_memory, device)
         words = self.compressor.get_input_embeddings()
         # Ids of added tokens lie behind the base vocabulary; any word will do in their place.
-        embeddings = words(torch.where(is_text, ids, 0))
+        embeddings = words(send(torch.where(is_text, ids, 0), device))
         embeddings = embeddings.to(self._compute_dtype(embeddings))
         if at_rerank is not None:
             rerank = self.rerank_embedding.to(embeddings.dtype).expand(len(at_rerank), -1)
             embeddings = embeddings.index_copy(0, at_rerank, rerank)
-        at_memory = is_memory.nonzero().squeeze(1)
         memory = self.memory_embedding.to(embeddings.dtype).view(-1, embeddings.shape[-1])
-        memory = memory[which[at_memory]]
-        if self.config.readout == "memory":
+        memory = memory[which]
+        if windows is None or at_text is None:
             embeddings = embeddings.index_copy(0, at_memory, memory)
             states = self._run(self.compressor, embeddings, packed, packed.position)
             return _Read(states[at_memory], None, _at(states, at_rerank))
-        at_text = is_text.nonzero().squeeze(1)
-        windows = _Windows.of(packed, is_memory, at_text, at_memory)
         mean = windows.mean(embeddings[at_text])
         embeddings = embeddings.index_copy(0, at_memory, memory + mean)
         position = packed.position.index_copy(0, at_memory, windows.end)
@@ -725,6 +760,9 @@ class SoftRAGModel(PreTrainedModel):
         position: torch.Tensor,
     ) -> torch.Tensor:
         """Run a backbone over the real tokens; `(T, hidden)` to `(T, hidden)`."""
+        fused = self._fused_compressor
+        if backbone is self.compressor and fused is not None and not torch.is_grad_enabled():
+            return fused(embeddings, packed.cu_seq_lens, packed.max_length, position)
         if backbone.config._attn_implementation == PACKED_ATTENTION:
             return run_packed(backbone, embeddings, packed, position)
         shape = (len(packed.lengths), packed.max_length)
@@ -853,6 +891,9 @@ class _Windows:
         count = extra.index_add(0, owner, torch.ones_like(owner))
         end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")
         return cls(owner, count[:-1], end[:-1])
+
+    def to(self, device: torch.device) -> _Windows:
+        return _Windows(*(send(part, device) for part in (self.owner, self.count, self.end)))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average `(text, hidden)` over each window: `(memory, hidden)`; 0 for an empty window."""

@@ -8,7 +8,7 @@ model still generates from padded batches. It knows nothing of compressors or de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -48,6 +48,18 @@ class Packed(NamedTuple):
     lengths: torch.Tensor
     max_length: int
 
+    def to(self, device: torch.device) -> Packed:
+        """Return a copy on a device."""
+        parts = [send(part, device) for part in self[:5]]
+        return Packed(*parts, max_length=self.max_length)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device, from the CPU to a GPU without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
 
 def pack(attention_mask: torch.Tensor) -> Packed:
     """Find the real tokens of a `(batch, tokens)` mask, whichever side is padded."""
@@ -60,6 +72,17 @@ def pack(attention_mask: torch.Tensor) -> Packed:
     return Packed(
         index, index // mask.shape[1], position, cu_seq_lens, lengths, attention_mask.shape[1]
     )
+
+
+def pack_lengths(lengths: Sequence[int]) -> Packed:
+    """Lay out rows of these lengths, on the CPU, as if padded on the right to the longest."""
+    counts = torch.tensor(lengths, dtype=torch.long)
+    row = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    ends = counts.cumsum(0)
+    position = torch.arange(len(row)) - (ends - counts)[row]
+    longest = max(lengths, default=0)
+    cu_seq_lens = nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    return Packed(row * longest + position, row, position, cu_seq_lens, counts, longest)
 
 
 def can_pack(model: PreTrainedModel) -> bool:

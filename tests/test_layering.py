@@ -24,7 +24,7 @@ CORE_LAYERS = [
     {"errors"},
     {"extras"},
     {"config", "text", "memory", "adapters", "base_models", "batching", "packing", "verbatim"},
-    {"documents", "prompt", "codec", "handles", "embedder"},
+    {"documents", "prompt", "codec", "handles", "embedder", "fused"},
     {"answer", "batch", "checkpoint", "evaluation", "files"},
     {"layouts"},
     {"model", "asynchronous"},

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from softrag.decoder.cache import PAGE, PagePool, pages_for
-from softrag.decoder.graphs import GraphSet
+from softrag.fused.graphs import GraphSet
 from softrag.decoder.sampling import choose
 from softrag.fused import FusedBackbone
 from softrag.packing import can_capture

@@ -188,12 +188,27 @@ def _fuse(layer: Any) -> Layer:  # noqa: ANN401
 
 def _join(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Put linear layers of one input into one weight, of which theirs become views."""
-    weight = torch.cat([linear.weight.data for linear in linears])
-    sizes = [len(linear.weight) for linear in linears]
+    weights = [linear.weight.data for linear in linears]
+    sizes = [len(weight) for weight in weights]
+    weight = _whole(weights)
+    if weight is None:
+        weight = torch.cat(weights)
     for linear, part in zip(linears, weight.split(sizes), strict=True):
         linear.weight.data = part
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return weight, torch.cat([bias.data for bias in biases]) if biases else None
+
+
+def _whole(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the tensor that parts are consecutive views of, if they are: joined before."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            return None
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += part.numel() * part.element_size()
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
 def _rotations(rotary: Any, length: int, device: torch.device) -> torch.Tensor:  # noqa: ANN401
