@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from softrag.batch import collate_prompts
 from softrag.decoder.row import Row
+from softrag.decoder.sampling import log_probabilities
 from softrag.decoder.turns import Turns
 from softrag.model import SoftRAGModel
 
@@ -110,8 +113,10 @@ class EagerEngine:
             row.sample(logits) if row.request.temperature else token
             for row, logits, token in zip(batch.rows, batch.logits, greedy, strict=True)
         ]
-        for row, token in zip(batch.rows, batch.tokens, strict=True):
-            row.push(token, self._end_ids)
+        chosen = torch.tensor(batch.tokens, device=batch.logits.device)
+        logprobs = log_probabilities(batch.logits, chosen).tolist()
+        for row, token, logprob in zip(batch.rows, batch.tokens, logprobs, strict=True):
+            row.push(token, logprob, self._end_ids)
             if row.done or row.has_delta:
                 row.wake()
 
@@ -126,7 +131,7 @@ class EagerEngine:
         soft_tokens = (
             torch.cat(memories) if memories else torch.zeros(0, self._decoder.config.hidden_size)
         )  # (soft tokens of all rows, hidden)
-        with self._lock:
+        with self._lock, _watch_middle(self._decoder) as states:
             logits = self._decoder(
                 inputs_embeds=self._model.embed_prompt(
                     batch.input_ids.to(device), mask, soft_tokens.to(device)
@@ -137,6 +142,9 @@ class EagerEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
+        if any(row.request.with_state for row in rows):
+            for row, state in zip(rows, states[0].float().cpu(), strict=True):
+                row.prompt_state = state if row.request.with_state else None
         return _Batch(rows, cache, mask, logits[:, -1])
 
     @torch.no_grad()
@@ -151,6 +159,20 @@ class EagerEngine:
                 past_key_values=batch.cache,
                 use_cache=True,
             ).logits[:, -1]
+
+
+@contextmanager
+def _watch_middle(decoder: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the last token's state halfway through the layers, `(rows, hidden)` per forward."""
+    states: list[torch.Tensor] = []
+    layers: Any = decoder.base_model.layers
+    hook = layers[len(layers) // 2].register_forward_pre_hook(
+        lambda _, arguments: states.append(arguments[0][:, -1])
+    )
+    try:
+        yield states
+    finally:
+        hook.remove()
 
 
 class _Batch:

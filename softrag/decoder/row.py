@@ -22,7 +22,7 @@ class Row:
         finish_reason: Why the answer ended; None while it goes on.
         error: What broke it, to be raised to its caller.
         cancelled: Whether its caller is gone.
-        n_tokens: Tokens it was given.
+        prompt_state: As in `DecodeResult`.
         n_started: Steps it takes or took part in; the tokens of the last may not be here yet.
         wake: Wakes the caller, when there is something new for it.
     """
@@ -40,14 +40,15 @@ class Row:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.cancelled = False
-        self.n_tokens = 0
         self.n_started = 0
+        self.prompt_state: torch.Tensor | None = None
         self.wake: Callable[[], None] = lambda: None
         self._detokenizer = detokenizer
         # Nobody looks at the text before the end: put all tokens in words at once then.
         self._at_once = not streamed and not request.stop
         self._pending: list[int] = []
         self._delta = ""
+        self._logprobs: list[float] = []
         self._first_token_s = 0.0
         self._started = perf_counter()
         self._random = torch.Generator()
@@ -77,11 +78,11 @@ class Row:
         weights = (logits.float().cpu() / self.request.temperature).softmax(-1)
         return int(torch.multinomial(weights, 1, generator=self._random))
 
-    def push(self, token: int, end_ids: set[int]) -> None:
+    def push(self, token: int, logprob: float, end_ids: set[int]) -> None:
         """Take the chosen token; sets `finish_reason` when it was the last."""
-        if not self.n_tokens:
+        if not self._logprobs:
             self._first_token_s = perf_counter() - self._started
-        self.n_tokens += 1
+        self._logprobs.append(logprob)
         ended = token in end_ids
         if not ended and self._at_once:
             self._pending.append(token)
@@ -89,7 +90,7 @@ class Row:
             self._delta += self._detokenizer.push(token)
         if ended or self._detokenizer.stopped:
             self.finish_reason = "stop"
-        elif self.n_tokens == self.request.max_new_tokens:
+        elif len(self._logprobs) == self.request.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
             if self._pending:
@@ -112,7 +113,9 @@ class Row:
             text=self._detokenizer.text,
             prompt_tokens=len(self.prompt.input_ids),
             soft_tokens=sum(len(memory) for memory in self.memories),
-            completion_tokens=self.n_tokens,
+            completion_tokens=len(self._logprobs),
             first_token_s=self._first_token_s,
             finish_reason="stop" if self.finish_reason == "stop" else "length",
+            token_logprobs=tuple(self._logprobs),
+            prompt_state=self.prompt_state,
         )

@@ -15,7 +15,7 @@ from torch import nn
 
 from softrag.decoder.cache import PAGE, PagePool, pages_for
 from softrag.fused.graphs import GraphSet
-from softrag.decoder.sampling import choose
+from softrag.decoder.sampling import choose, log_probabilities
 from softrag.fused import FusedBackbone
 from softrag.packing import can_capture
 
@@ -33,6 +33,7 @@ class NewRow(NamedTuple):
         pages: Enough for the prompt and its answer.
         temperature: Of sampling; 0.0 takes the likeliest token.
         seed: Of sampling.
+        with_state: Whether the halfway state of its last token is wanted.
     """
 
     input_ids: Sequence[int]
@@ -41,25 +42,42 @@ class NewRow(NamedTuple):
     pages: Sequence[int]
     temperature: float
     seed: int
+    with_state: bool = False
 
 
 class Chosen:
-    """Tokens that a pass chose, once the device has got there."""
+    """What a pass chose, once the device has got there; running rows first, then new ones.
 
-    def __init__(self, tokens: torch.Tensor) -> None:
+    Args:
+        tokens: `(rows,)`.
+        logprobs: `(rows,)` their log-probabilities.
+        states: `(new rows, hidden)` halfway states of the prompts' last tokens; None: not wanted.
+    """
+
+    def __init__(
+        self, tokens: torch.Tensor, logprobs: torch.Tensor, states: torch.Tensor | None
+    ) -> None:
         self._event: torch.cuda.Event | None = None
-        self._tokens = tokens
+        # Token ids are exact in float64, and one copy is cheaper than two.
+        self._both = _to_host(torch.stack([tokens.double(), logprobs.double()]))
+        self._states = None if states is None else _to_host(states.float())
         if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self) -> list[int]:
-        """Return the tokens, of running rows first, then of new ones."""
+    def wait(self) -> tuple[list[int], list[float], torch.Tensor | None]:
+        """Return tokens, log-probabilities and states on the CPU."""
         if self._event is not None:
             self._event.synchronize()
-        return self._tokens.tolist()
+        return self._both[0].long().tolist(), self._both[1].tolist(), self._states
+
+
+class _Output(NamedTuple):
+    """What a pass writes; see `Chosen`. Rows of spare places are among them."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    states: torch.Tensor | None
 
 
 class StepRunner:
@@ -102,8 +120,8 @@ class StepRunner:
         self._sampling: list[bool] = []
         self._longest: list[int] = []
         device = backbone.device
-        # One row per place: next token, its position, whether the place is taken, seed.
-        self._state = torch.zeros((batch_size, 4), dtype=torch.long, device=device)
+        # One row per place: next token, its position, seed of sampling.
+        self._state = torch.zeros((batch_size, 3), dtype=torch.long, device=device)
         self._temperature = torch.zeros(batch_size, device=device)
         self._tables = torch.zeros(
             (batch_size, pages_for(backbone.max_length + 1)), dtype=torch.int32, device=device
@@ -144,17 +162,22 @@ class StepRunner:
             out = self._pass(places, prompt, sampling)
         if running:
             # Here and not in the pass, because a pass may be done twice before it counts.
-            self._state[:running, 0] = out[:running]
+            self._state[:running, 0] = out.tokens[:running]
             self._state[:running, 1] += 1
             self._longest = [length + 1 for length in self._longest]
         if prompt is not None:
-            self._add(new, out[places : places + len(new)], prompt)
-        return Chosen(torch.cat([out[:running], out[places : places + len(new)]]))
+            self._add(new, out.tokens[places : places + len(new)], prompt)
+        tokens, logprobs = (
+            torch.cat([part[:running], part[places : places + len(new)]])
+            for part in (out.tokens, out.logprobs)
+        )
+        wanted = out.states is not None and any(row.with_state for row in new)
+        return Chosen(tokens, logprobs, out.states[: len(new)] if wanted else None)
 
-    def _pass(self, places: int, prompt: _Prompt | None, sampling: bool) -> torch.Tensor:
-        """Return the tokens chosen for `places` rows and for the prompts, `(rows,)`."""
+    def _pass(self, places: int, prompt: _Prompt | None, sampling: bool) -> _Output:
+        """Choose tokens for `places` rows and for the prompts."""
         state, tables = self._state[:places], self._tables[:places]
-        tokens, positions, seeds = state[:, 0], state[:, 1], state[:, 3]
+        tokens, positions, seeds = state[:, 0], state[:, 1], state[:, 2]
         temperature = self._temperature[:places]
         lengths = positions + 1
         number = tables.gather(1, (positions // PAGE)[:, None])[:, 0]
@@ -184,16 +207,20 @@ class StepRunner:
                 )
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        states = self.backbone.forward(x, attend)
+        states, middle = self.backbone.forward(x, attend)
+        prompt_states = None
         if prompt is not None:
+            prompt_states = middle[places:][prompt.last]
             states = torch.cat([states[:places], states[places:][prompt.last]])
             temperature = torch.cat([temperature, prompt.temperature])
             seeds = torch.cat([seeds, prompt.seeds])
             lengths = torch.cat([lengths, prompt.lengths])
         logits = self._head(states)
-        if not sampling:
-            return logits.argmax(-1)
-        return choose(logits, temperature, seeds, lengths)
+        if sampling:
+            chosen = choose(logits, temperature, seeds, lengths)
+        else:
+            chosen = logits.argmax(-1)
+        return _Output(chosen, log_probabilities(logits, chosen), prompt_states)
 
     # ------------------------------------------------------------------ prompts
 
@@ -261,8 +288,7 @@ class StepRunner:
         count = slice(0, len(new))
         self._state[places, 0] = tokens
         self._state[places, 1] = prompt.lengths[count]
-        self._state[places, 2] = 1
-        self._state[places, 3] = prompt.seeds[count]
+        self._state[places, 2] = prompt.seeds[count]
         self._temperature[places] = prompt.temperature[count]
         widest = max(len(row.pages) for row in new)
         tables = [[*row.pages, *[0] * (widest - len(row.pages))] for row in new]
@@ -327,6 +353,14 @@ def _to_device(numbers: list, backbone: FusedBackbone) -> torch.Tensor:
     if backbone.device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(backbone.device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the CPU; from a GPU without waiting, into pinned memory."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _bucket(rows: int, most: int) -> int:

@@ -31,6 +31,12 @@ def choose(
     return torch.where(cold[:, None], scaled, scaled + noise).argmax(-1)
 
 
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities, `(rows,)`, of `(rows,)` tokens in `(rows, vocabulary)`."""
+    wide = logits.float()
+    return wide.gather(-1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
+
+
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble int64 numbers (the finalizer of splitmix64; products wrap around)."""
     x = (x + -7046029254386353131).clone()

@@ -89,35 +89,41 @@ class Scheduler:
         """Start the next step and read the tokens of the one before."""
         try:
             started = self._start()
-            before, self._in_flight = self._in_flight, started
-            if before is not None:
-                self._read(before)
+            if self._in_flight is not None:
+                self._read(self._in_flight)
+            self._in_flight = started
             if started is not None and not self._ahead:
                 self._read(started)
                 self._in_flight = None
+            self._retire()
         except BaseException as error:
             self._fail(error)
             raise
 
-    def _start(self) -> _Step | None:
+    def _retire(self) -> None:
+        """Let rows leave whose last token is chosen or whose caller is gone."""
         keep = [
             place
             for place, (row, _) in enumerate(self._running)
             if not row.cancelled and not row.done and row.n_started < row.request.max_new_tokens
         ]
+        if len(keep) == len(self._running):
+            return
+        for place in set(range(len(self._running))) - set(keep):
+            # A step that still writes there comes before those of the next owner.
+            self._runner.pool.give_back(self._running[place].pages)
+        self._running = [self._running[place] for place in keep]
         with self._lock:
-            if len(keep) < len(self._running):
-                kept = [self._running[place] for place in keep]
-                for place in set(range(len(self._running))) - set(keep):
-                    # Steps that still write there come before those of the next owner.
-                    self._runner.pool.give_back(self._running[place].pages)
-                self._running = kept
-                self._runner.drop(keep)
-            joining = self._admit()
-            if not self._running and not joining:
-                return None
-            chosen = self._runner.step([self._prepare(*running) for running in joining])
+            self._runner.drop(keep)
+
+    def _start(self) -> _Step | None:
+        self._retire()
+        joining = self._admit()
+        if not self._running and not joining:
+            return None
         self._running += joining
+        with self._lock:
+            chosen = self._runner.step([self._prepare(*running) for running in joining])
         for row, _ in self._running:
             row.n_started += 1
         return _Step(chosen, [row for row, _ in self._running])
@@ -130,13 +136,11 @@ class Scheduler:
         limit = min(self._batch_tokens, LARGEST_CAPTURED) if self._running else self._batch_tokens
         while waiting and len(self._running) + len(joining) < self._runner.batch_size:
             row = waiting[0]
-            tokens += len(row.prompt.input_ids)
             if not row.cancelled:
+                tokens += len(row.prompt.input_ids)
                 if (joining and tokens > limit) or self._pages_of(row) > pool.free:
                     break
                 joining.append(_Running(row, pool.take(self._pages_of(row))))
-            else:
-                tokens -= len(row.prompt.input_ids)
             waiting.popleft()
         return joining
 
@@ -153,20 +157,27 @@ class Scheduler:
             pages=pages,
             temperature=row.request.temperature,
             seed=row.seed(),
+            with_state=row.request.with_state,
         )
 
     def _read(self, step: _Step) -> None:
-        for row, token in zip(step.rows, step.chosen.wait(), strict=True):
+        tokens, logprobs, states = step.chosen.wait()
+        if states is not None:
+            for row, state in zip(step.rows[-len(states) :], states, strict=True):
+                row.prompt_state = state if row.request.with_state else None
+        for row, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
             # A row that ended a step ago was still in this one.
             if not row.done and not row.cancelled:
-                row.push(token, self._end_ids)
+                row.push(token, logprob, self._end_ids)
                 if row.done or row.has_delta:
                     row.wake()
 
     def _fail(self, error: BaseException) -> None:
         """Give every row the error and start afresh."""
-        for row, pages in self._running:
+        for _, pages in self._running:
             self._runner.pool.give_back(pages)
+        flying = [] if self._in_flight is None else self._in_flight.rows
+        for row in [row for row, _ in self._running] + flying:
             if not row.done:
                 row.error = error
                 row.wake()

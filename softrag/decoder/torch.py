@@ -10,15 +10,13 @@ import logging
 import threading
 from collections.abc import Generator, Sequence
 
-import torch
-
 from softrag.decoder.base import DecodeRequest, DecodeResult
+from softrag.decoder.checks import check_memory
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.eager import EagerEngine
 from softrag.decoder.row import Row
 from softrag.decoder.runner import StepRunner
 from softrag.decoder.scheduler import Scheduler, default_cache_tokens
-from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
 from softrag.fused import FusedBackbone, why_not_fused
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
@@ -65,6 +63,7 @@ class TorchDecoder:
         with self._lock:
             model.merge_adapters()
         self._decoder = model.decoder
+        self._width: int = model.decoder.config.hidden_size
         reason = why_not_fused(self._decoder.base_model) if fused else "fused=False"
         if reason:
             logger.info("the decoder runs eagerly, one batch after the other: %s", reason)
@@ -115,6 +114,11 @@ class TorchDecoder:
         """Of the compressor whose memories this decoder reads."""
         return self.model.fingerprint
 
+    @property
+    def joins_requests(self) -> bool:
+        """True: a request joins those that are running."""
+        return True
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         """Count the prompt's tokens without running the model."""
         return len(self._render(question, documents).input_ids)
@@ -131,6 +135,9 @@ class TorchDecoder:
         yield from self._engine.stream(row)
         return row.result()
 
+    def close(self) -> None:
+        """Do nothing: the model goes when nobody holds it."""
+
     def _render(self, question: str, documents: Sequence[Memory | str]) -> PromptRow:
         return self.prompt.render(
             question,
@@ -140,7 +147,7 @@ class TorchDecoder:
     def _row(self, request: DecodeRequest, *, streamed: bool = False) -> Row:
         for document in request.documents:
             if isinstance(document, Memory):
-                self._check(document)
+                check_memory(document, fingerprint=self.fingerprint, width=self._width)
         row = Row(
             request,
             self._render(request.question, request.documents),
@@ -156,17 +163,3 @@ class TorchDecoder:
                 "shorter documents, or lower max_new_tokens."
             )
         return row
-
-    def _check(self, memory: Memory) -> None:
-        if memory.fingerprint != self.fingerprint:
-            raise MemoryMismatchError(
-                f"Memory {memory.key} was made by compressor {memory.fingerprint}, but this "
-                f"decoder reads {self.fingerprint}. Compress the documents again with the loaded "
-                "model, or load the model the memory was made with."
-            )
-        # Checked here as well as when it is made: one NaN in a batch or a shared cache can spoil
-        # answers that have nothing to do with it.
-        if not torch.isfinite(memory.values).all():
-            raise NonFiniteMemoryError(
-                f"Memory {memory.key} holds NaN or infinity. Compress its document again."
-            )

@@ -42,6 +42,13 @@ class Layer(NamedTuple):
     down_bias: torch.Tensor | None
 
 
+class States(NamedTuple):
+    """What a forward pass returns, both `(T, hidden)`: after the final norm, and halfway."""
+
+    last: torch.Tensor
+    middle: torch.Tensor
+
+
 def why_not_fused(backbone: Any) -> str | None:  # noqa: ANN401 - published types know no layers
     """Return why a backbone can't run fused, as a clause, or None when it can."""
     config = backbone.config
@@ -95,18 +102,22 @@ class FusedBackbone:
         self.table = _rotations(backbone.rotary_emb, self.max_length, self.device)
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Run all layers and the final norm; `(T, hidden)` to `(T, hidden)`."""
+    def forward(self, x: torch.Tensor, attend: Attend) -> States:
+        """Run all layers and the final norm over `(T, hidden)`."""
         linear = nn.functional.linear
-        residual = None
+        residual = middle = None
         for number, layer in enumerate(self.layers):
             normed, residual = self.ops.add_norm(x, residual, layer.input_norm, self.eps)
+            if number == len(self.layers) // 2:
+                middle = residual
             attended = attend(number, linear(normed, layer.qkv, layer.qkv_bias))
             x = linear(attended, layer.out, layer.out_bias)
             normed, residual = self.ops.add_norm(x, residual, layer.mlp_norm, self.eps)
             inner = self.ops.silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias))
             x = linear(inner, layer.down, layer.down_bias)
-        return self.ops.add_norm(x, residual, self.norm, self.eps)[0]
+        last = self.ops.add_norm(x, residual, self.norm, self.eps)[0]
+        assert middle is not None
+        return States(last, middle)
 
     def rotate(
         self,
@@ -154,7 +165,7 @@ class FusedBackbone:
             self.rotate(number, qkv, positions)
             return self.attend_packed(qkv, cu_seq_lens, max_length)
 
-        return self.forward(embeddings, attend)
+        return self.forward(embeddings, attend).last
 
 
 def _operations(device: torch.device) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ class GraphSet:
     """
 
     def __init__(self) -> None:
-        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
@@ -30,12 +30,12 @@ class GraphSet:
         """Return the number of graphs."""
         return len(self._captured)
 
-    def run(self, key: Hashable, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, key: Hashable, work: Callable[[], Output]) -> Output:
         """Do some work, from its graph if there is one.
 
         Args:
             key: The work's shapes.
-            work: Returns one tensor. Doing it twice must be the same as doing it once: the first
+            work: Returns tensors. Doing it twice must be the same as doing it once: the first
                 time it is done and then captured.
         """
         if key not in self._captured:
@@ -45,8 +45,8 @@ class GraphSet:
         return output
 
     def _capture(
-        self, key: Hashable, work: Callable[[], torch.Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        self, key: Hashable, work: Callable[[], Output]
+    ) -> tuple[torch.cuda.CUDAGraph, Output]:
         started = perf_counter()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)

@@ -48,31 +48,31 @@ def test_a_memory_does_not_depend_on_its_neighbours(model):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100])
-def test_batches_stay_below_their_padded_size(model, batch_tokens, monkeypatch):
+def test_batches_stay_below_their_size(model, batch_tokens, monkeypatch):
     seen = []
-    compress = model.compress_and_score
+    compress = model.compress_packed
 
-    def watch(input_ids, attention_mask):
-        seen.append(tuple(input_ids.shape))
-        return compress(input_ids, attention_mask)
+    def watch(ids, packed):
+        seen.append((len(packed.lengths), len(ids)))
+        return compress(ids, packed)
 
-    monkeypatch.setattr(model, "compress_and_score", watch)
+    monkeypatch.setattr(model, "compress_packed", watch)
 
     memories = Compressor(model, batch_tokens).compress(SENTENCES)
 
     assert len(memories) == len(SENTENCES)
     assert sum(rows for rows, _ in seen) == len(SENTENCES)
     # A single document that is longer than a batch gets one of its own.
-    assert all(rows == 1 or rows * width <= batch_tokens for rows, width in seen)
+    assert all(rows == 1 or tokens <= batch_tokens for rows, tokens in seen)
 
 
 def test_equal_documents_are_compressed_once(model, monkeypatch):
     rows = []
-    compress = model.compress_and_score
+    compress = model.compress_packed
     monkeypatch.setattr(
         model,
-        "compress_and_score",
-        lambda ids, mask: (rows.append(len(ids)), compress(ids, mask))[1],
+        "compress_packed",
+        lambda ids, packed: (rows.append(len(packed.lengths)), compress(ids, packed))[1],
     )
 
     first, other, again = Compressor(model).compress(["One.", "Two.", "One."])
@@ -115,14 +115,14 @@ def test_what_is_not_finite_is_never_returned():
 
 
 def test_a_single_spoiled_document_is_named(model, monkeypatch):
-    compress = model.compress_and_score
+    compress = model.compress_packed
 
-    def spoil(input_ids, attention_mask):
-        made = compress(input_ids, attention_mask)
+    def spoil(ids, packed):
+        made = compress(ids, packed)
         made.soft_tokens[-1, 3] = float("inf")  # the shortest document comes last
         return made
 
-    monkeypatch.setattr(model, "compress_and_score", spoil)
+    monkeypatch.setattr(model, "compress_packed", spoil)
 
     with pytest.raises(NonFiniteMemoryError, match="document 1 "):
         Compressor(model).compress([SENTENCES[0], "Paris.", SENTENCES[1]])

@@ -134,8 +134,9 @@ def test_a_stream_is_the_answer_in_pieces(decoder, memories):
 
 def test_closing_a_stream_stops_the_model(model, decoder, memories, monkeypatch):
     steps = []
-    step = decoder._step
-    monkeypatch.setattr(decoder, "_step", lambda *args: (steps.append(1), step(*args))[1])
+    runner = decoder._engine._runner
+    step = runner.step
+    monkeypatch.setattr(runner, "step", lambda new: (steps.append(1), step(new))[1])
 
     stream = decoder.stream(
         DecodeRequest(question="Why?", documents=memories[:1], max_new_tokens=100)
@@ -180,13 +181,10 @@ def test_a_stop_string_ends_the_answer_before_it(decoder, memories):
 def test_the_models_own_end_is_no_text(decoder, memories, monkeypatch):
     request = DecodeRequest(question="Why?", documents=memories[:1], max_new_tokens=20)
     whole = decoder.generate([request])[0]
-    first = decoder._run([decoder._row(request)])
-    next(first)
     row = decoder._row(request)
-    for _ in decoder._run([row]):
-        pass
+    decoder._engine.finish([row])
     third = row._detokenizer._ids[2]
-    monkeypatch.setattr(decoder, "_end_ids", {third})
+    monkeypatch.setattr(decoder._engine, "_end_ids", {third})
 
     result = decoder.generate([request])[0]
 

@@ -432,11 +432,11 @@ def test_chunk_tokens_are_bounded_by_the_compressor():
 
 def test_what_is_not_finite_is_never_stored(empty_engine, monkeypatch):
     empty_engine.add(DOCUMENTS[:2])
-    compress = empty_engine.compressor.model.compress_and_score
+    compress = empty_engine.compressor.model.compress_packed
     monkeypatch.setattr(
         empty_engine.compressor.model,
-        "compress_and_score",
-        lambda ids, mask: Compressed(compress(ids, mask).soft_tokens * float("nan"), None),
+        "compress_packed",
+        lambda ids, packed: Compressed(compress(ids, packed).soft_tokens * float("nan"), None),
     )
 
     with pytest.raises(NonFiniteMemoryError, match="Note 2"):
