@@ -216,7 +216,7 @@ class _Running:
             self._values = soft_tokens.to("cpu", torch.bfloat16)
 
     def wait(self) -> Iterator[tuple[int, DocumentRow, torch.Tensor | None, float | None]]:
-        """Yield each document's place, row, `(memory, hidden)` values (None: not finite), relevance."""
+        """Yield places, rows, `(memory, hidden)` values (None: not finite) and relevances."""
         if self._event is not None:
             self._event.synchronize()
         finite = bool(torch.isfinite(self._values).all())

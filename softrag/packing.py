@@ -50,8 +50,9 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> Packed:
         """Return a copy on a device."""
-        parts = [send(part, device) for part in self[:5]]
-        return Packed(*parts, max_length=self.max_length)
+        parts = (send(part, device) for part in self[:5])
+        slot, row, position, cu_seq_lens, lengths = parts
+        return Packed(slot, row, position, cu_seq_lens, lengths, self.max_length)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def bench_compress(
         tokens = sum(len(row.input_ids) for row in rows) / documents
         with peak_memory(recorder.device) as peak:
             seconds = median_seconds(
-                lambda texts=texts: compressor.compress(texts), recorder.device,
+                partial(compressor.compress, texts), recorder.device,
                 repeat=3, warmup=1,
             )  # fmt: skip
         floor = compute_floor(model, hardware, tokens)

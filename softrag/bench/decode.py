@@ -7,6 +7,7 @@ import statistics
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter, sleep
 from typing import Any
 
@@ -109,11 +110,11 @@ def bench_naive(
         tokens = inputs["inputs_embeds"].shape[1]
         generate_naively(model, inputs, 4)
         first = median_seconds(
-            lambda inputs=inputs: generate_naively(model, inputs, 1),
+            partial(generate_naively, model, inputs, 1),
             recorder.device, repeat=3, warmup=1,
         )  # fmt: skip
         whole = median_seconds(
-            lambda inputs=inputs: generate_naively(model, inputs, new_tokens),
+            partial(generate_naively, model, inputs, new_tokens),
             recorder.device, repeat=1, warmup=0,
         )  # fmt: skip
         recorder.add(f"naive, {mode}, batch 1: first token", first, "s", floors.prefill(1, tokens))
@@ -198,19 +199,17 @@ def bench_batch(
         tokens = decoder.prompt_tokens(requests[0].question, requests[0].documents)
         with peak_memory(recorder.device) as peak:
             seconds[mode] = median_seconds(
-                lambda requests=requests: decoder.generate(requests), recorder.device,
+                partial(decoder.generate, requests), recorder.device,
                 repeat=repeat, warmup=2,
             )  # fmt: skip
         recorder.add(
             f"{mode}, batch {batch}: {new_tokens} tokens each", seconds[mode], "s",
             floors.answers(batch, tokens, new_tokens),
         )  # fmt: skip
+        short = [replace(request, max_new_tokens=1) for request in requests]
         first = median_seconds(
-            lambda requests=requests: decoder.generate(
-                [replace(request, max_new_tokens=1) for request in requests]
-            ),
-            recorder.device, repeat=repeat, warmup=1,
-        )  # fmt: skip
+            partial(decoder.generate, short), recorder.device, repeat=repeat, warmup=1
+        )
         recorder.add(
             f"{mode}, batch {batch}: first token", first, "s", floors.prefill(batch, tokens)
         )

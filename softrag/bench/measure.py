@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -113,7 +114,7 @@ class Hardware:
         source = torch.empty(2**31 if on_gpu else 2**27, dtype=torch.uint8, device=device)
         source.random_()
         target = torch.empty_like(source)
-        copy = median_seconds(lambda: target.copy_(source), device, repeat=10)
+        copy = median_seconds(partial(target.copy_, source), device, repeat=10)
         bandwidth = 2 * source.numel() / copy
         del source, target
         size = 8192 if on_gpu else 1024

@@ -127,7 +127,8 @@ def build_model(
     model.compressor_tokenizer = build_tokenizer(compressor_shape["vocab_size"])
     # Hashing gigabytes of random weights would tell nothing.
     model._fingerprint = "0" * 32
-    return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
+    model.to(device, dtype)  # type: ignore[arg-type]
+    return model.eval()
 
 
 def random_texts(

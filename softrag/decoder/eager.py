@@ -43,7 +43,7 @@ class EagerEngine:
         lock: threading.Lock,
     ) -> None:
         self._model = model
-        self._decoder = model.decoder
+        self._decoder: Any = model.decoder
         self._end_ids = end_ids
         self._pad_id = pad_id
         self._batch_size = batch_size

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from softrag.decoder.cache import PAGE, PagePool, pages_for
-from softrag.fused.graphs import GraphSet
 from softrag.decoder.sampling import choose, log_probabilities
 from softrag.fused import FusedBackbone
+from softrag.fused.graphs import GraphSet
 from softrag.packing import can_capture
 
 LARGEST_CAPTURED = 2048
@@ -171,8 +171,10 @@ class StepRunner:
             torch.cat([part[:running], part[places : places + len(new)]])
             for part in (out.tokens, out.logprobs)
         )
-        wanted = out.states is not None and any(row.with_state for row in new)
-        return Chosen(tokens, logprobs, out.states[: len(new)] if wanted else None)
+        states = out.states
+        if states is not None:
+            states = states[: len(new)] if any(row.with_state for row in new) else None
+        return Chosen(tokens, logprobs, states)
 
     def _pass(self, places: int, prompt: _Prompt | None, sampling: bool) -> _Output:
         """Choose tokens for `places` rows and for the prompts."""

@@ -32,7 +32,9 @@ class PackedRunner:
             return
         device = backbone.device
         self._graphs = GraphSet()
-        self._embeddings = torch.zeros((width, backbone.hidden), dtype=backbone.dtype, device=device)
+        self._embeddings = torch.zeros(
+            (width, backbone.hidden), dtype=backbone.dtype, device=device
+        )
         self._positions = torch.zeros(width, dtype=torch.long, device=device)
         self._borders = torch.zeros(width // SHORTEST + 2, dtype=torch.int32, device=device)
 
@@ -51,9 +53,7 @@ class PackedRunner:
         self._embeddings[:tokens].copy_(embeddings)
         self._positions[:tokens].copy_(positions)
         # Padding is cut into sequences no longer than the longest; the rest are empty.
-        spare = torch.arange(
-            1, len(self._borders) - len(cu_seq_lens) + 1, device=embeddings.device
-        )
+        spare = torch.arange(1, len(self._borders) - len(cu_seq_lens) + 1, device=embeddings.device)
         self._borders[: len(cu_seq_lens)].copy_(cu_seq_lens)
         self._borders[len(cu_seq_lens) :].copy_((tokens + spare * longest).clamp_max(self.width))
         states = self._graphs.run(
