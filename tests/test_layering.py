@@ -33,8 +33,7 @@ CORE_LAYERS = [
     {"asking", "indexing", "router"},
     {"fallback"},
     {"engine", "question_set"},
-    {"bench"},
-    {"comparison", "serve"},
+    {"bench", "comparison", "serve"},
     {"cli"},
     {"__main__"},
 ]
