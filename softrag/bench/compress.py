@@ -92,7 +92,7 @@ def bench_naive_compress(
             rows = [prompt.render(text) for text in texts[start : start + batch]]
             padded = collate_documents(rows, 0)
             ids, mask = (part.to(model.device) for part in padded)
-            is_memory = ids == model.memory_id
+            is_memory = ids == model.memory_ids[0]
             words = compressor.get_input_embeddings()(torch.where(is_memory, 0, ids))
             embeddings = torch.where(is_memory[..., None], model.memory_embedding, words)
             output = language_model(

@@ -39,7 +39,7 @@ class Scheduler:
     Args:
         runner: Does the steps.
         end_ids: Tokens that end an answer.
-        memory_id: Placeholder of soft tokens in prompts.
+        memory_ids: Placeholders of soft tokens in prompts.
         batch_tokens: Most prompt tokens read in one step; a longer prompt is read alone.
         lock: Held while work is given to the device.
         ahead: Whether a step is started before the tokens of the one before are read.
@@ -50,14 +50,14 @@ class Scheduler:
         runner: StepRunner,
         *,
         end_ids: set[int],
-        memory_id: int,
+        memory_ids: Sequence[int],
         batch_tokens: int,
         lock: threading.Lock,
         ahead: bool,
     ) -> None:
         self._runner = runner
         self._end_ids = end_ids
-        self._memory_id = memory_id
+        self._memory_ids = frozenset(memory_ids)
         self._batch_tokens = batch_tokens
         self._lock = lock
         self._ahead = ahead
@@ -146,14 +146,11 @@ class Scheduler:
 
     def _prepare(self, row: Row, pages: list[int]) -> NewRow:
         ids = row.prompt.input_ids
-        memories = row.memories
         return NewRow(
-            # The placeholder lies behind the base vocabulary; any word will do in its place.
-            input_ids=[0 if i == self._memory_id else i for i in ids] if memories else ids,
-            at_memory=(
-                [at for at, i in enumerate(ids) if i == self._memory_id] if memories else []
-            ),
-            soft_tokens=[memory.values for memory in memories],
+            # Placeholders may lie behind the base vocabulary; any word will do in their place.
+            input_ids=[0 if i in self._memory_ids else i for i in ids],
+            at_memory=[at for at, i in enumerate(ids) if i in self._memory_ids],
+            soft_tokens=[memory.values for memory in row.memories],
             pages=pages,
             temperature=row.request.temperature,
             seed=row.seed(),

@@ -103,7 +103,7 @@ class TorchDecoder:
         return Scheduler(
             runner,
             end_ids=self.prompt.end_ids,
-            memory_id=self.model.decoder_memory_id,
+            memory_ids=self.model.decoder_memory_ids,
             batch_tokens=batch_tokens,
             lock=self._lock,
             ahead=on_gpu,
