@@ -1,11 +1,12 @@
 """How much of the gap between memories and text a router closes.
 
     python benchmarks/fallback.py answer CHECKPOINT QUESTIONS.jsonl… --out DIR [--limit 300]
-    python benchmarks/fallback.py route DIR [--json FILE]
+    python benchmarks/fallback.py route DIR --json FILE
 
 `answer` needs a GPU to be quick: it answers every file closed book, from text and from memories,
 and writes `answers.json` (scores, answers, log-probabilities) and `states.npz` (prompt states).
-`route` fits routers on one half of the questions and tests them on the other, on any machine.
+`route` fits routers on one half of the questions of all files and tests them on the other half, on
+any machine; it needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from softrag.comparison import LoadedModel, answer_rows
+from softrag.comparison import Bootstrap, LoadedModel, answer_rows, calibrate
+from softrag.decoder import DecodeResult
 from softrag.evaluation import read_questions
+
+SEEDS = range(5)
 
 
 def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size: int) -> None:
@@ -74,6 +78,102 @@ def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size
     print(json.dumps(seconds), flush=True)
 
 
+def route(folder: Path, file: Path) -> None:
+    """Measure routers out of sample: what they look at, how far, and how much text they may use."""
+    recorded = json.loads((folder / "answers.json").read_text())
+    states = torch.from_numpy(np.load(folder / "states.npz")["states"]).float()
+    answered = recorded["answered"]
+    results = [_result(each["memory"], state) for each, state in zip(answered, states, strict=True)]
+    memory, text, closed = (
+        np.array([each[mode]["f1"] for each in answered]) for mode in ("memory", "text", "closed")
+    )
+    sources = np.array([each["source"] for each in answered])
+    routers = [
+        _measure(results, memory, text, sources, budget=0.2, lookahead=n, with_state=state)
+        for state in (False, True)
+        for n in (1, 4, 8, 64)
+    ]
+    budgets = [
+        _measure(results, memory, text, sources, budget=budget, lookahead=8, with_state=True)
+        for budget in (0.05, 0.1, 0.3, 0.5)
+    ]
+    bootstrap = Bootstrap(len(answered))
+    values = {
+        "answers": recorded["meta"],
+        "questions": len(answered),
+        "f1": {
+            name: list(bootstrap.interval(each))
+            for name, each in (("closed", closed), ("memory", memory), ("text", text))
+        },
+        "text_better": float((text > memory).mean()),
+        "memory_better": float((memory > text).mean()),
+        "routers": routers,
+        "budgets": budgets,
+    }
+    file.write_text(json.dumps(values, indent=1) + "\n")
+    for each in routers + budgets:
+        print({name: value for name, value in each.items() if name != "by_source"})
+
+
+def _result(recorded: dict, state: torch.Tensor) -> DecodeResult:
+    return DecodeResult(
+        text=recorded["text"],
+        prompt_tokens=recorded["prompt_tokens"],
+        soft_tokens=0,
+        completion_tokens=len(recorded["logprobs"]),
+        first_token_s=0.0,
+        finish_reason=recorded["finish_reason"],
+        token_logprobs=recorded["logprobs"],
+        prompt_state=state,
+    )
+
+
+def _measure(
+    results: list[DecodeResult],
+    memory: np.ndarray,
+    text: np.ndarray,
+    sources: np.ndarray,
+    *,
+    budget: float,
+    lookahead: int,
+    with_state: bool,
+) -> dict:
+    """Return a router's worth, the mean over several ways to halve the questions."""
+    runs = [
+        calibrate(
+            results,
+            memory=memory,
+            text=text,
+            fingerprint="",
+            budget=budget,
+            lookahead=lookahead,
+            with_state=with_state,
+            seed=seed,
+        )
+        for seed in SEEDS
+    ]
+    shares = np.stack([run.from_text for run in runs]).mean(0)  # (questions,)
+    return {
+        "budget": budget,
+        "lookahead": lookahead,
+        "with_state": with_state,
+        "from_text": float(shares.mean()),
+        "recovered_by_seed": [run.recovered.mean for run in runs],
+        # One seed's halves, resampled: what another set of questions would have given.
+        "recovered": list(runs[0].recovered),
+        "routed_f1": list(runs[0].routed),
+        "by_source": {
+            source: {
+                "memory": float(memory[sources == source].mean()),
+                "text": float(text[sources == source].mean()),
+                "routed": float((memory + shares * (text - memory))[sources == source].mean()),
+                "from_text": float(shares[sources == source].mean()),
+            }
+            for source in dict.fromkeys(sources.tolist())
+        },
+    }
+
+
 def main() -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,9 +184,14 @@ def main() -> None:
     first.add_argument("--out", type=Path, required=True)
     first.add_argument("--limit", type=int, default=300)
     first.add_argument("--batch-size", type=int, default=320)
+    second = commands.add_parser("route")
+    second.add_argument("folder", type=Path)
+    second.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "answer":
         answer(options.checkpoint, options.files, options.out, options.limit, options.batch_size)
+    else:
+        route(options.folder, options.json)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ class Answer:
             fallback decided against them.
         finish_reason: "stop" when the model or a stop string ended it, "length" when
             `max_new_tokens` did.
-        fallback_score: The fallback's probability that text answers better than memories; None
-            where no fallback decided.
+        fallback_score: What the fallback expects text to be better by than memories, in percent of
+            the quality it was calibrated on; None where no fallback decided.
     """
 
     text: str

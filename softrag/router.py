@@ -2,14 +2,13 @@
 
 A linear probe reads what the decoder was like when it began to answer from memories: how sure it
 was of its first tokens, and its state at the prompt's last token, halfway through the layers (where
-OverflowGuard finds that compression lost what was asked for). The score is the probability
-that text would answer better. Above the threshold, text answers.
+OverflowGuard finds that compression lost what was asked for). The score is what
+text is expected to be better by. From the threshold on, text answers.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ class Router:
             )
 
     def score(self, result: DecodeResult) -> float:
-        """Return the probability that text answers better than this result of memories, 0 to 1.
+        """Return what text is expected to be better by than this result of memories, in percent.
 
         Raises:
             ValueError: The decoder did not say what the router looks at.
@@ -68,8 +67,7 @@ class Router:
                 f"The router weighs {len(self.weights)} features, the decoder gives {len(values)}. "
                 "Calibrate again with this model: softrag eval --calibrate."
             )
-        logit = float(np.dot(values, self.weights)) + self.bias
-        return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
+        return float(np.dot(values, self.weights)) + self.bias
 
     def prefers_text(self, score: float) -> bool:
         """Tell whether a score is answered from text."""

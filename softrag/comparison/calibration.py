@@ -23,7 +23,7 @@ class Calibration:
 
     Attributes:
         router: Fitted on all questions.
-        scores: `(questions,)`, of routers that had not seen the question.
+        scores: `(questions,)`, of routers that had not seen the question, in percent.
         from_text: `(questions,)`, whether those routers answer from text.
         memory: Mean quality of memories alone, in percent.
         text: Mean quality of text alone.
@@ -67,7 +67,7 @@ def calibrate(
         memory: Quality of those answers, `(questions,)` in percent.
         text: Quality of the answers from text.
         fingerprint: Of the compressor.
-        budget: Share of questions to answer from text, between 0 and 1.
+        budget: Most questions to answer from text, as a share between 0 and 1.
         lookahead: As in `Router`.
         with_state: As in `Router`.
         seed: Of the split into halves and of the intervals.
@@ -94,15 +94,15 @@ def calibrate(
     for fitted, tested in (halves, halves[::-1]):
         weights, bias = _fit(looks[fitted], gain[fitted])
         # The threshold too comes from the other half: what is spent here is not set, but found.
-        threshold = _threshold(_probability(looks[fitted] @ weights + bias), budget)
-        scores[tested] = _probability(looks[tested] @ weights + bias)
+        threshold = _threshold(looks[fitted] @ weights + bias, budget)
+        scores[tested] = looks[tested] @ weights + bias
         from_text[tested] = scores[tested] >= threshold
     weights, bias = _fit(looks, gain)
     bootstrap = Bootstrap(len(gain), seed=seed)
     return Calibration(
         router=Router(
             fingerprint=fingerprint,
-            threshold=_threshold(_probability(looks @ weights + bias), budget),
+            threshold=_threshold(looks @ weights + bias, budget),
             lookahead=lookahead,
             weights=[float(weight) for weight in weights],
             bias=bias,
@@ -119,29 +119,19 @@ def calibrate(
 
 
 def _fit(looks: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return weights and bias of a logistic regression: does text answer better?
+    """Return weights and bias of a ridge regression of what text is better by.
 
-    A question counts as much as there is to gain or lose on it, so the score orders questions by
-    what text is worth. The strength of the penalty is chosen by cross-validation.
+    To rank questions by the expected gain is what spends a budget best. The strength of the penalty
+    is the one that leave-one-out errors favour.
     """
-    purpose = "Calibration"
-    linear: Any = load_extra("sklearn.linear_model", extra="eval", purpose=purpose)
-    selection: Any = load_extra("sklearn.model_selection", extra="eval", purpose=purpose)
+    linear: Any = load_extra("sklearn.linear_model", extra="eval", purpose="Calibration")
     mean, scale = looks.mean(0), looks.std(0) + 1e-6
-    search = selection.GridSearchCV(
-        linear.LogisticRegression(max_iter=1000),
-        {"C": np.logspace(-5, 0, 6)},
-        scoring="neg_log_loss",
-    )
-    search.fit((looks - mean) / scale, gain > 0, sample_weight=np.abs(gain) + 1.0)
-    model = search.best_estimator_
-    weights = model.coef_[0] / scale
-    return weights, float(model.intercept_[0] - mean @ weights)
+    model = linear.RidgeCV(alphas=np.logspace(0, 6, 13))
+    model.fit((looks - mean) / scale, gain)
+    weights = model.coef_ / scale
+    return weights, float(model.intercept_ - mean @ weights)
 
 
 def _threshold(scores: np.ndarray, budget: float) -> float:
-    return float(np.quantile(scores, 1 - budget))
-
-
-def _probability(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
+    # Where text is not expected to gain anything, a budget need not be spent.
+    return max(0.0, float(np.quantile(scores, 1 - budget)))

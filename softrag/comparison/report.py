@@ -177,7 +177,8 @@ def _scatter(
         axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("F1 in percent")
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
+    axes.set_ylim(bottom=0.0)
     return {"caption": caption, "png": _png(figure)}
 
 

@@ -166,10 +166,10 @@ def test_a_fallback_takes_texts_answers_and_pays_for_both():
     text = row("text", [1, 1, 0, 0], results=[result(f"text {n}", prompt=90) for n in range(4)])
     router = Router(
         fingerprint="f",
-        threshold=0.5,
+        threshold=5.0,
         lookahead=1,
         weights=[-1.0, 0.0, 0.0, 0.0],
-        bias=-3.0,
+        bias=0.0,
         with_state=False,
     )
 
