@@ -1,4 +1,7 @@
-"""A chat server on the loopback: OpenAI's wire format, replies from a function."""
+"""A chat server on the loopback: OpenAI's wire format, replies from a function.
+
+A prompt that the function raises a `ValueError` for is refused with status 400.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,11 @@ def serve_chat(reply: Callable[[str], str], *, failures: list[int] | None = None
                 return
             assert self.path == "/v1/chat/completions"
             chat.requests.append(body)
-            content = chat.reply(body["messages"][0]["content"])
+            try:
+                content = chat.reply(body["messages"][0]["content"])
+            except ValueError as error:
+                self.send({"error": str(error)}, 400)
+                return
             self.send({"choices": [{"message": {"role": "assistant", "content": content}}]})
 
         def send(self, value: object, status: int = 200) -> None:

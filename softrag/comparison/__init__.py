@@ -1,7 +1,7 @@
 """What memories cost and save on a set of questions: modes, models and codecs side by side."""
 
+from softrag.chat_endpoint import ChatEndpoint
 from softrag.comparison.calibration import Calibration, calibrate
-from softrag.comparison.chat_endpoint import ChatEndpoint
 from softrag.comparison.chunks import FolderChunks, StoredChunks, retrieve_for
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.comparison.judge import judge_answers

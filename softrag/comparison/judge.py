@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softrag.comparison.chat_endpoint import ChatEndpoint
+from softrag.chat_endpoint import ChatEndpoint
 from softrag.evaluation import Question
 
 PROMPT = """\

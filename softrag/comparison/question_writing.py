@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from softrag.comparison.chat_endpoint import ChatEndpoint
+from softrag.chat_endpoint import ChatEndpoint
 from softrag.decoder import Decoder, DecodeRequest
 from softrag.documents import Document, document_text
 from softrag.evaluation import normalize_answer

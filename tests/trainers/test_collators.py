@@ -205,6 +205,10 @@ class TestFineTuningCollator:
         assert tensors["labels"].tolist() == [[IGNORED] * asked.answer_start + answer]
         assert rows_of(tensors, "compressor") == [document.input_ids]
 
+    def test_a_question_without_an_answer_is_named(self, llama) -> None:
+        with pytest.raises(ValueError, match=r"Question 'q1' has no answer to teach.* label"):
+            finetuning(llama)([replace(ROW, answers=())])
+
     def test_documents_that_rows_share_are_compressed_once(self, llama) -> None:
         other = replace(ROW, question="What boils?", answers=("Water",))
         documents = DocumentPrompt.from_config(config(), llama)

@@ -287,9 +287,17 @@ def test_files_of_other_kinds_and_empty_folders_are_refused(tmp_path):
         save_questions(tmp_path / "mix.json", ROWS)
 
 
-def test_a_row_that_cannot_be_taught_is_refused():
-    with pytest.raises(ValueError, match="has no answer"):
-        QuestionRow("q", "Why?", (), (), (), "mine")
+def test_questions_without_answers_are_read_for_a_teacher_to_answer(tmp_path):
+    record = {name: value for name, value in RECORDS[1].items() if name != "answers"}
+    path = write_lines(tmp_path / "asked.jsonl", RECORDS[0], record, RECORDS[1] | {"answers": []})
+
+    rows = load_questions(path, answered=False)
+
+    assert [row.answers for row in rows] == [("Ada", "Ada Lovelace"), (), ()]
+    assert rows[0] == ROWS[0]
+
+
+def test_a_row_that_does_not_match_its_documents_is_refused():
     with pytest.raises(ValueError, match="1 documents but 0 gold flags"):
         QuestionRow("q", "Why?", ("Rain",), ("It rained.",), (), "mine")
     with pytest.raises(ValueError, match="1 documents but 2 relevances"):

@@ -1,8 +1,10 @@
-r"""`python -m softrag_trainers pretrain|finetune KEY=VALUE...`: train from the command line.
+r"""`python -m softrag_trainers pretrain|finetune|label KEY=VALUE...`: train from the command line.
 
     python -m softrag_trainers pretrain out_dir=runs/pretrained data.train=[texts.jsonl]
     python -m softrag_trainers finetune model=runs/pretrained out_dir=runs/model \
         data.train=[questions.jsonl] data.validation=[dev.jsonl]
+    python -m softrag_trainers label task=answers data=[questions.jsonl] out=answered.jsonl \
+        teacher=http://localhost:8000/v1
 
 `recipe=demo|pisco|oscar` chooses shipped values. With several devices: `accelerate launch -m
 softrag_trainers ...`.
@@ -18,15 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from softrag.errors import SoftRAGError
 
-USAGE = "usage: python -m softrag_trainers {pretrain,finetune} [KEY=VALUE ...]"
+USAGE = "usage: python -m softrag_trainers {pretrain,finetune,label} [KEY=VALUE ...]"
 
 
 def main(arguments: list[str]) -> int:
     """Run a stage; return the exit code: 0 done, 1 failed, 2 misused."""
-    if not arguments or arguments[0] not in ("pretrain", "finetune"):
+    if not arguments or arguments[0] not in ("pretrain", "finetune", "label"):
         sys.stderr.write(f"{USAGE}\n")
         return 2
-    from softrag_trainers import runs
+    from softrag_trainers import labelling, runs
     from softrag_trainers.options import read_options
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -37,7 +39,10 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{error}\n{USAGE}\n")
         return 2
     try:
-        runs.pretrain(options) if stage == "pretrain" else runs.finetune(options)
+        if stage == "label":
+            labelling.label(options)
+        else:
+            runs.pretrain(options) if stage == "pretrain" else runs.finetune(options)
     except (SoftRAGError, ValueError, OSError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1

@@ -224,6 +224,11 @@ class FineTuningCollator(MemoryCollator):
 
     def lesson(self, row: QuestionRow) -> Lesson:
         """Compress a question's documents; teach its first answer."""
+        if not row.answers:
+            raise ValueError(
+                f"Question {row.id!r} has no answer to teach. Give it one, or have a teacher give "
+                "it: python -m softrag_trainers label."
+            )
         chosen = self._choose(row)
         documents = [row.documents[index] for index in chosen]
         question, answer = row.question, row.answers[0]

@@ -54,7 +54,8 @@ class QuestionRow:
     Attributes:
         id: Names the row in messages and result files.
         question: The question as a user would ask it.
-        answers: Accepted answers, at least one; the first is the one that is taught.
+        answers: Accepted answers; the first is the one that is taught. None only where a teacher
+            is still to be asked.
         documents: What is compressed, in the order it is shown: title line, then text.
         gold: For each document, whether it holds the answer. All False when nobody said.
         source: The data set it belongs to.
@@ -72,9 +73,7 @@ class QuestionRow:
     relevance: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a row that cannot be taught."""
-        if not self.answers:
-            raise ValueError(f"Question {self.id!r} has no answer; expected at least one.")
+        """Refuse a row that says too much or too little of its documents."""
         if len(self.gold) != len(self.documents):
             raise ValueError(
                 f"Question {self.id!r} has {len(self.documents)} documents but {len(self.gold)} "
@@ -105,7 +104,9 @@ def load_texts(paths: Paths, limit: int | None = None) -> list[TextRow]:
     return list(islice(_texts(paths), limit))
 
 
-def load_questions(paths: Paths, limit: int | None = None) -> list[QuestionRow]:
+def load_questions(
+    paths: Paths, limit: int | None = None, *, answered: bool = True
+) -> list[QuestionRow]:
     """Read questions with their documents; the module's docstring shows the records.
 
     `id` and `source` may be absent: they default to the file's name, with the line's number for
@@ -114,11 +115,12 @@ def load_questions(paths: Paths, limit: int | None = None) -> list[QuestionRow]:
     Args:
         paths: One or more files or folders, read in this order.
         limit: Stop after this many rows; None reads all.
+        answered: Whether every question must have an answer.
 
     Raises:
         UnreadableFileError: A file or record cannot be used; says which, and what is missing.
     """
-    return list(islice(_questions(paths), limit))
+    return list(islice(_questions(paths, answered=answered), limit))
 
 
 def save_texts(path: str | Path, rows: Sequence[TextRow]) -> None:
@@ -194,7 +196,7 @@ def _texts(paths: Paths) -> Iterator[TextRow]:
             yield TextRow(record.text("text"), record.text("source", default=_stem(path)))
 
 
-def _questions(paths: Paths) -> Iterator[QuestionRow]:
+def _questions(paths: Paths, *, answered: bool) -> Iterator[QuestionRow]:
     known: dict[str, str] = {}
     for path in _data_files(paths):
         records = _records(path)
@@ -204,8 +206,9 @@ def _questions(paths: Paths) -> Iterator[QuestionRow]:
             if record.line == 1 and "format" in record.fields and "question" not in record.fields:
                 passages = _passages(record, records)
                 continue
-            answers = record.items("answers", str)
-            if not answers or not all(answer.strip() for answer in answers):
+            known_answers = answered or record.fields.get("answers")
+            answers = record.items("answers", str) if known_answers else []
+            if (answered and not answers) or not all(answer.strip() for answer in answers):
                 raise record.error("`answers` should hold at least one answer, none of them empty.")
             if "doc_ids" in record.fields:
                 documents, gold = _documents_by_number(record, passages)

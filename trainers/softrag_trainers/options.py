@@ -223,16 +223,56 @@ class Finetune:
     run: Run = field(default_factory=Run)
 
 
+@dataclass
+class Label:
+    """`python -m softrag_trainers label task=answers data=[...] out=labels.jsonl teacher=...`.
+
+    Attributes:
+        task: "answers": answer questions from the full text of their documents; "questions": make
+            up questions about documents, with answers copied from them.
+        data: Files or folders: of questions with documents, or of documents as `softrag index`
+            takes them.
+        out: A .jsonl file that rows are appended to; what it holds is not labelled again.
+        teacher: URL of an OpenAI-compatible server (its key in OPENAI_API_KEY), or a base model's
+            name or folder.
+        teacher_model: The model's name on the server; null: the first it lists.
+        prompt: What the teacher is asked, with {documents} and {question}, or {document} and
+            {count}; null: as shipped.
+        questions: How many questions to ask for about a chunk.
+        samples: Label only the first so many questions or chunks; null: all.
+        max_tokens: Longest reply.
+        batch_size: Replies between two writes to `out`.
+        threads: Prompts on their way to a server together.
+        model: The checkpoint that is to be fine-tuned; its compressor measures chunks.
+        chunk_tokens: Longest chunk that is asked about.
+    """
+
+    task: str = MISSING
+    data: list[str] = MISSING
+    out: str = MISSING
+    teacher: str = MISSING
+    teacher_model: str | None = None
+    prompt: str | None = None
+    questions: int = 2
+    samples: int | None = None
+    max_tokens: int = 128
+    batch_size: int = 64
+    threads: int = 16
+    model: str = "softrag-demo"
+    chunk_tokens: int = 128
+
+
 _STORE = ConfigStore.instance()
 _STORE.store(name="pretrain_schema", node=Pretrain)
 _STORE.store(name="finetune_schema", node=Finetune)
+_STORE.store(name="label_schema", node=Label)
 
 
-def read_options(stage: str, overrides: list[str]) -> Any:  # noqa: ANN401 (Pretrain or Finetune)
+def read_options(stage: str, overrides: list[str]) -> Any:  # noqa: ANN401 (the stage's options)
     """Compose a stage's options from a recipe and the command line.
 
     Args:
-        stage: `"pretrain"` or `"finetune"`.
+        stage: `"pretrain"` or `"finetune"`, or `"label"`, which has no recipes.
         overrides: Hydra overrides, such as `["recipe=pisco", "data.samples=1000"]`; the recipe is
             `demo` unless named.
 
@@ -240,6 +280,9 @@ def read_options(stage: str, overrides: list[str]) -> Any:  # noqa: ANN401 (Pret
         hydra.errors.HydraException: An override is malformed or names an unknown key, or there is
             no such recipe.
     """
+    if stage == "label":
+        with initialize_config_module("softrag_trainers.recipes", version_base="1.3"):
+            return OmegaConf.to_object(compose(config_name="label_schema", overrides=overrides))
     recipe = "demo"
     for override in list(overrides):
         if override.startswith("recipe="):

@@ -62,7 +62,8 @@ class ChatEndpoint:
             return str(listed["data"][0]["id"])
         except (LookupError, TypeError):
             raise EndpointError(
-                f"{self._base} lists no model. Name the one to ask (--judge-model, --writer-model)."
+                f"{self._base} lists no model. Name the one to ask (--judge-model, --writer-model, "
+                "teacher_model=)."
             ) from None
 
     @property
