@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from softrag.embedder import Embedder, default_embedder
 from softrag.errors import EmptyStoreError
 from softrag.fallback import answer_all, stream_answer
 from softrag.handles import MemoryCache
-from softrag.indexing import Indexer
+from softrag.indexing import Indexer, delete_gone
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.router import Router
@@ -32,6 +33,8 @@ from softrag.store import MemoryStore
 
 if TYPE_CHECKING:
     from softrag.store.filters import Where
+
+logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 128
 """Longest chunk in compressor tokens, as in the papers."""
@@ -203,7 +206,19 @@ class SoftRAG:
         """
         if isinstance(documents, str | Document):
             documents = [documents]
-        return self._indexer().add(documents, batch_size=batch_size, show_progress=show_progress)
+        started = perf_counter()
+        indexer = self._indexer()
+        tally = indexer.run(documents, batch_size=batch_size, show_progress=show_progress)
+        report = AddReport(
+            documents=tally.documents,
+            chunks_added=tally.added,
+            chunks_unchanged=tally.unchanged,
+            chunks_deleted=delete_gone(self.store, tally),
+            seconds=perf_counter() - started,
+            errors=tally.errors,
+        )
+        logger.info("added %d chunks of %d documents", report.chunks_added, report.documents)
+        return report
 
     def split(self, document: Document) -> list[Chunk]:
         """Split a document into the chunks that `add` stores.

@@ -7,15 +7,15 @@ continues where it stopped. It knows nothing of files and questions.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 from tqdm import tqdm
 
-from softrag.answer import AddError, AddReport
+from softrag.answer import AddError
 from softrag.compressor import Compressor
 from softrag.documents import Chunk, Document, chunk_id, document_text
 from softrag.embedder import Embedder
@@ -24,12 +24,63 @@ from softrag.memory import Memory
 from softrag.store import MemoryStore
 from softrag.text import clean_text, split_text
 
-logger = logging.getLogger(__name__)
+
+class ChunkSink(Protocol):
+    """Where an indexer puts chunks: a `MemoryStore`, or the way to one in another process."""
+
+    def missing(self, chunks: Sequence[Chunk], /) -> list[Chunk]:
+        """Return those of `chunks` that are not stored as they are."""
+        ...
+
+    def upsert(
+        self, chunks: Sequence[Chunk], embeddings: np.ndarray, memories: Sequence[Memory | None], /
+    ) -> None:
+        """Store chunks; when it returns, they survive the death of every process."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What indexing did so far.
+
+    Attributes:
+        documents: Documents read, without those in `errors`.
+        added: Chunks compressed and stored.
+        unchanged: Chunks that the store had already.
+        errors: Documents that were left out.
+        failed: Sources of which a document was left out.
+        ids: Ids of the chunks that each source has now.
+    """
+
+    documents: int = 0
+    added: int = 0
+    unchanged: int = 0
+    errors: list[AddError] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    ids: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def merge(self, other: Tally) -> None:
+        """Add what another indexer did."""
+        self.documents += other.documents
+        self.added += other.added
+        self.unchanged += other.unchanged
+        self.errors += other.errors
+        self.failed |= other.failed
+        for source, ids in other.ids.items():
+            self.ids[source] |= ids
+
+
+def delete_gone(store: MemoryStore, tally: Tally) -> int:
+    """Delete what the sources in a tally no longer have. Return how many chunks that were."""
+    # A source that could not be read whole may still have what seems to be gone.
+    whole = [source for source in tally.ids if source not in tally.failed]
+    stored = store.ids_of_sources(whole)
+    return store.delete({id_ for s in whole for id_ in stored[s] - tally.ids[s]})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Indexer:
-    """Adds documents to a store.
+    """Splits documents and stores what is new of them.
 
     Attributes:
         store: Where chunks go.
@@ -38,19 +89,22 @@ class Indexer:
         chunk_tokens: Longest chunk with its title, in compressor tokens.
     """
 
-    store: MemoryStore
+    store: ChunkSink
     embedder: Embedder
     compressor: Compressor
     chunk_tokens: int
 
-    def add(
-        self, documents: Iterable[Document | str], *, batch_size: int, show_progress: bool
-    ) -> AddReport:
-        """Add documents; see `SoftRAG.add`."""
+    def run(
+        self,
+        documents: Iterable[Document | str],
+        *,
+        batch_size: int,
+        show_progress: bool = False,
+    ) -> Tally:
+        """Store documents, `batch_size` chunks at a time; see `SoftRAG.add`."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
-        started = perf_counter()
-        tally = _Tally()
+        tally = Tally()
         batch: dict[str, Chunk] = {}
         for chunk in self._chunks(documents, tally, show_progress=show_progress):
             batch[chunk.id] = chunk
@@ -59,17 +113,7 @@ class Indexer:
                 batch = {}
         if batch:
             self._store(batch, tally)
-        deleted = self._delete_gone(tally)
-        report = AddReport(
-            documents=tally.documents,
-            chunks_added=tally.added,
-            chunks_unchanged=tally.unchanged,
-            chunks_deleted=deleted,
-            seconds=perf_counter() - started,
-            errors=tally.errors,
-        )
-        logger.info("added %d chunks of %d documents", report.chunks_added, report.documents)
-        return report
+        return tally
 
     def split(self, document: Document) -> list[Chunk]:
         """Split a document into chunks that the compressor reads whole.
@@ -111,7 +155,7 @@ class Indexer:
         return title, max(1, self.chunk_tokens - -(-n_tokens // step) * step)
 
     def _chunks(
-        self, documents: Iterable[Document | str], tally: _Tally, *, show_progress: bool
+        self, documents: Iterable[Document | str], tally: Tally, *, show_progress: bool
     ) -> Iterator[Chunk]:
         for document in tqdm(documents, unit=" documents", disable=not show_progress):
             if isinstance(document, str):
@@ -128,15 +172,8 @@ class Indexer:
                 tally.ids[document.source].update(chunk.id for chunk in chunks)
             yield from chunks
 
-    def _store(self, batch: dict[str, Chunk], tally: _Tally) -> None:
-        stored = {hit.id: hit for hit in self.store.get(list(batch), with_memories=False)}
-        new = [
-            chunk
-            for chunk in batch.values()
-            if chunk.id not in stored
-            or stored[chunk.id].title != chunk.title
-            or dict(stored[chunk.id].metadata) != dict(chunk.metadata)
-        ]
+    def _store(self, batch: dict[str, Chunk], tally: Tally) -> None:
+        new = self.store.missing(list(batch.values()))
         tally.unchanged += len(batch) - len(new)
         if not new:
             return
@@ -149,21 +186,3 @@ class Indexer:
         )
         self.store.upsert(new, self.embedder.embed_documents(texts), memories)
         tally.added += len(new)
-
-    def _delete_gone(self, tally: _Tally) -> int:
-        # A source that could not be read whole may still have what seems to be gone.
-        whole = [source for source in tally.ids if source not in tally.failed]
-        stored = self.store.ids_of_sources(whole)
-        return self.store.delete({id_ for s in whole for id_ in stored[s] - tally.ids[s]})
-
-
-class _Tally:
-    """What happened so far in one call of `add`."""
-
-    def __init__(self) -> None:
-        self.documents = 0
-        self.added = 0
-        self.unchanged = 0
-        self.errors: list[AddError] = []
-        self.failed: set[str] = set()
-        self.ids: defaultdict[str, set[str]] = defaultdict(set)

@@ -1,6 +1,8 @@
 """Where chunks and their memories are kept: one Qdrant collection, embedded or on a server."""
 
+from softrag.store.layout import CollectionLayout
 from softrag.store.payload import decode_memory, encode_memory
-from softrag.store.qdrant import MemoryStore, StoreInfo
+from softrag.store.qdrant import MemoryStore
+from softrag.store.record import StoreInfo
 
-__all__ = ["MemoryStore", "StoreInfo", "decode_memory", "encode_memory"]
+__all__ = ["CollectionLayout", "MemoryStore", "StoreInfo", "decode_memory", "encode_memory"]

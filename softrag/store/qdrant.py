@@ -6,84 +6,39 @@ One point per chunk: the search embedding as its vector, everything else as its 
 
 from __future__ import annotations
 
-import json
 import logging
-import uuid
-import weakref
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection as Ids
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softrag.codec import CODECS
 from softrag.documents import Chunk, Hit
-from softrag.errors import MemoryMismatchError, StoreError
+from softrag.errors import StoreError
 from softrag.memory import Memory
-from softrag.store.connection import (
-    GRPC_PORT,
-    IN_MEMORY,
-    connect,
-    create_collection,
-    is_url,
-    open_database,
-    qdrant,
-    store_errors,
-    sync,
-)
+from softrag.store.collection import MAX_LOOKUP, Collection, id_of, slices
+from softrag.store.connection import GRPC_PORT, connect, is_url, qdrant, store_errors
+from softrag.store.embedded import bytes_on_disk
 from softrag.store.filters import to_filter
-from softrag.store.payload import KEY_FIELD, MEMORY_FIELD, decode_memory, to_hit, to_payload
-from softrag.store.record import StoreRecord
+from softrag.store.layout import CollectionLayout, create_collection
+from softrag.store.payload import KEY_FIELD, MEMORY_FIELD, decode_memory, to_hit
+from softrag.store.points import Points, check_embeddings, make_points, point_id
+from softrag.store.record import StoreInfo, StoreRecord
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models
 
+    from softrag.store.collection import PayloadFields
     from softrag.store.filters import Where
-
-    PayloadFields: TypeAlias = bool | list[str] | models.PayloadSelectorExclude
 
 logger = logging.getLogger(__name__)
 
-# A server refuses request bodies over 32 MiB. Half of it keeps one request quick, too.
-MAX_REQUEST_BYTES = 16 * 2**20
-# Points in one request; also how long one writer holds the embedded store.
-MAX_REQUEST_POINTS = 64
-# Ids or keys in one lookup, so that an answer with memories stays small.
-MAX_LOOKUP = 256
 # The embedded store keeps everything in memory and compares with every point.
 LARGE_EMBEDDED_STORE = 20_000
-
-# Point ids must be UUIDs; this names the ids made from chunk ids.
-_POINT_NAMESPACE = uuid.UUID("6f4d3a6e-6d0c-5d0e-9d49-7a6f66747261")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreInfo:
-    """What a store is and holds.
-
-    Attributes:
-        location: `":memory:"`, a folder or a URL.
-        collection: Name of the Qdrant collection.
-        chunks: How many it holds.
-        fingerprint: Of the model whose memories it holds.
-        embedder: Name of what makes its search embeddings.
-        dimension: Of a search embedding.
-        codec: Of its memories.
-        bytes_on_disk: Of the collection; None in memory and on a server.
-    """
-
-    location: str
-    collection: str
-    chunks: int
-    fingerprint: str
-    embedder: str
-    dimension: int
-    codec: str
-    bytes_on_disk: int | None
 
 
 class MemoryStore:
@@ -93,26 +48,17 @@ class MemoryStore:
     returned, its effect survives the death of the process.
 
     Attributes:
-        client: The Qdrant client, for what this class does not offer.
-        lock: Hold it around every use of `client`: the embedded client is not thread-safe.
         location: `":memory:"`, a folder or a URL.
         collection: Name of the Qdrant collection.
         record: The model, embedder and codec the collection belongs to.
+        points: The collection as Qdrant has it, for what this class does not offer.
     """
 
-    def __init__(
-        self, client: QdrantClient, *, location: str, collection: str, record: StoreRecord
-    ) -> None:
-        self.client = client
-        self.location = location
-        self.collection = collection
+    def __init__(self, points: Collection, record: StoreRecord) -> None:
+        self.points = points
+        self.location = points.location
+        self.collection = points.name
         self.record = record
-        self._is_server = is_url(location)
-        self.lock: AbstractContextManager[object] = nullcontext() if self._is_server else RLock()
-        # Also closes a forgotten store when the program ends: the client would do so too late, and
-        # complain about it.
-        self._close_client = weakref.finalize(self, client.close)
-        self._database = None if self._is_server else open_database(client, collection)
         self._has_warned = False
         self._warn_if_large()
 
@@ -129,6 +75,7 @@ class MemoryStore:
         api_key: str | None = None,
         prefer_grpc: bool = False,
         grpc_port: int = GRPC_PORT,
+        layout: CollectionLayout | None = None,
     ) -> MemoryStore:
         """Open a collection, and create it when there is none.
 
@@ -143,9 +90,10 @@ class MemoryStore:
             dimension: Of a search embedding; None takes the recorded one. Needed to create.
             codec: Of the memories (see `softrag.codec`); None takes the recorded one, or `"bf16"`
                 for a new collection.
-            api_key: Of the server.
+            api_key: Of the server; None takes `QDRANT_API_KEY` from the environment.
             prefer_grpc: Talk gRPC instead of HTTP to the server.
             grpc_port: Of the server, on the URL's host.
+            layout: How a server keeps a new collection; None leaves it to the server.
 
         Raises:
             MemoryMismatchError: The collection belongs to another model or embedder.
@@ -179,6 +127,7 @@ class MemoryStore:
                         collection,
                         dimension=new.dimension,
                         metadata=new.to_metadata(),
+                        layout=layout,
                         # The embedded store has no indexes, and would warn.
                         indexed_fields=("source", KEY_FIELD) if is_url(location) else (),
                     )
@@ -192,15 +141,24 @@ class MemoryStore:
                     dimension=dimension,
                     codec=codec,
                 )
-                return cls(client, location=location, collection=collection, record=record)
+                return cls(Collection(client, location=location, name=collection), record)
             except BaseException:
                 client.close()
                 raise
 
+    @property
+    def client(self) -> QdrantClient:
+        """The Qdrant client; hold `lock` around every use of it."""
+        return self.points.client
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Makes threads take turns, as the embedded client needs it."""
+        return self.points.lock
+
     def close(self) -> None:
         """Let go of the folder or the connection. Closing twice does nothing."""
-        with self.lock:
-            self._close_client()
+        self.points.close()
 
     def __enter__(self) -> MemoryStore:
         return self
@@ -234,38 +192,18 @@ class MemoryStore:
             MemoryMismatchError: A memory was made by another model.
             StoreError: The storage failed.
         """
-        vectors = self._check_embeddings(embeddings, rows=len(chunks))
-        if len(memories) != len(chunks):
-            raise ValueError(f"Found {len(memories)} memories for {len(chunks)} chunks.")
-        for memory in memories:
-            if memory is not None and memory.fingerprint != self.record.fingerprint:
-                raise MemoryMismatchError(
-                    f"Memory {memory.key} was made by the model {memory.fingerprint}, but "
-                    f"{self.location} holds memories of {self.record.fingerprint}. Compress with "
-                    "that model, or open a new store."
-                )
-        models = qdrant().models
-        points = [
-            models.PointStruct(
-                id=point_id(chunk.id),
-                vector=vector.tolist(),
-                payload=to_payload(chunk, memory, self.record.codec),
-            )
-            for chunk, vector, memory in zip(chunks, vectors, memories, strict=True)
-        ]
-        for batch in _request_batches(points, dimension=self.record.dimension):
-            with self._using("Storing chunks") as client:
-                client.upsert(self.collection, points=batch, wait=True)
-                self._sync()
+        self.write(make_points(self.record, chunks, embeddings, memories, place=self.location))
+
+    def write(self, points: Points) -> None:
+        """Store points as they are: those that `make_points` made, here or in another process."""
+        self.points.upsert(points)
         self._warn_if_large()
 
-    def delete(self, ids: Collection[str]) -> int:
+    def delete(self, ids: Ids[str]) -> int:
         """Delete chunks by id; unknown ids are ignored. Return how many there were."""
-        with self._using("Deleting chunks") as client:
+        with self.lock:
             known = self.contains(ids)
-            for batch in _slices(sorted(known), MAX_LOOKUP):
-                client.delete(self.collection, [point_id(each) for each in batch], wait=True)
-                self._sync()
+            self.points.delete([point_id(each) for each in sorted(known)])
         return len(known)
 
     def delete_source(self, source: str) -> int:
@@ -274,15 +212,23 @@ class MemoryStore:
 
     # Reading
 
-    def contains(self, ids: Collection[str]) -> set[str]:
+    def contains(self, ids: Ids[str]) -> set[str]:
         """Return those of `ids` that are stored, so that only the others need compressing."""
         by_point = {point_id(each): each for each in ids}
-        found: set[str] = set()
-        for batch in _slices(list(by_point), MAX_LOOKUP):
-            with self._using("Looking chunks up") as client:
-                records = client.retrieve(self.collection, batch, with_payload=False)
-            found.update(by_point[str(record.id)] for record in records)
-        return found
+        return {by_point[id_of(each)] for each in self.points.retrieve(list(by_point), False)}
+
+    def missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Return those of `chunks` that are not stored, or with another title or metadata."""
+        ids = [point_id(chunk.id) for chunk in chunks]
+        records = self.points.retrieve(ids, ["title", "metadata"])
+        stored = {id_of(record): record.payload or {} for record in records}
+        return [
+            chunk
+            for chunk, id_ in zip(chunks, ids, strict=True)
+            if id_ not in stored
+            or stored[id_].get("title") != chunk.title
+            or (stored[id_].get("metadata") or {}) != dict(chunk.metadata)
+        ]
 
     def search(
         self,
@@ -306,35 +252,28 @@ class MemoryStore:
         """
         if k < 1:
             raise ValueError(f"k is at least 1, but found {k}.")
-        (vector,) = self._check_embeddings(np.asarray(embedding)[None], rows=1)
+        (vector,) = check_embeddings(self.record, np.asarray(embedding)[None], rows=1)
         # A server's shards would each send their own k candidates with all that is asked for, so
         # the memories of the final k are fetched afterwards.
-        in_two_steps = with_memories and self._is_server
-        with self._using("Searching") as client:
-            points = client.query_points(
-                self.collection,
-                query=vector.tolist(),
-                query_filter=to_filter(where),
-                limit=k,
-                with_payload=_payload_selector(with_memories and not in_two_steps),
-            ).points
-            payloads = {str(point.id): point.payload or {} for point in points}
-            if in_two_steps:
-                for batch in _slices(list(payloads), MAX_LOOKUP):
-                    records = client.retrieve(self.collection, batch, with_payload=[MEMORY_FIELD])
-                    for record in records:
-                        payloads[str(record.id)].update(record.payload or {})
-        return [self._hit(point.id, payloads[str(point.id)], score=point.score) for point in points]
+        in_two_steps = with_memories and self.points.is_server
+        points = self.points.query(
+            vector,
+            k,
+            query_filter=to_filter(where),
+            fields=_fields(with_memories and not in_two_steps),
+        )
+        payloads = {id_of(point): point.payload or {} for point in points}
+        if in_two_steps:
+            for record in self.points.retrieve(list(payloads), [MEMORY_FIELD]):
+                payloads[id_of(record)].update(record.payload or {})
+        return [
+            self._hit(id_of(point), payloads[id_of(point)], score=point.score) for point in points
+        ]
 
     def get(self, ids: Sequence[str], *, with_memories: bool = True) -> list[Hit]:
         """Return chunks by id, in the order of `ids`; unknown ids are left out."""
-        hits: dict[str, Hit] = {}
-        for batch in _slices([point_id(each) for each in ids], MAX_LOOKUP):
-            with self._using("Fetching chunks") as client:
-                records = client.retrieve(
-                    self.collection, batch, with_payload=_payload_selector(with_memories)
-                )
-            hits.update((str(r.id), self._hit(r.id, r.payload or {})) for r in records)
+        records = self.points.retrieve([point_id(each) for each in ids], _fields(with_memories))
+        hits = {id_of(r): self._hit(id_of(r), r.payload or {}) for r in records}
         return [hits[key] for each in ids if (key := point_id(each)) in hits]
 
     def scroll(
@@ -347,21 +286,18 @@ class MemoryStore:
             where: Which chunks, see `softrag.store.filters.to_filter`.
             with_memories: False leaves `Hit.memory` None.
         """
-        selector = _payload_selector(with_memories)
-        for record in self._scroll(to_filter(where), selector, batch_size=batch_size):
-            yield self._hit(record.id, record.payload or {})
+        pages = self.points.scroll(to_filter(where), _fields(with_memories), batch_size=batch_size)
+        return (self._hit(id_of(r), r.payload or {}) for page in pages for r in page)
 
     def count(self, where: Where = None) -> int:
         """Return how many chunks there are, or how many match `where`."""
-        with self._using("Counting") as client:
-            counted = client.count(self.collection, count_filter=to_filter(where), exact=True)
-        return int(counted.count)
+        return self.points.count(to_filter(where))
 
     def sources(self) -> dict[str, int]:
         """Return how many chunks each source has; chunks without a source are not listed."""
         counts: dict[str, int] = {}
-        for record in self._scroll(None, ["source"]):
-            source = (record.payload or {}).get("source")
+        for payload in self._payloads(None, ["source"]):
+            source = payload.get("source")
             if source is not None:
                 counts[source] = counts.get(source, 0) + 1
         return dict(sorted(counts.items()))
@@ -370,30 +306,31 @@ class MemoryStore:
         """Return the ids of all chunks of a source."""
         return self.ids_of_sources([source])[source]
 
-    def ids_of_sources(self, sources: Collection[str]) -> dict[str, set[str]]:
+    def ids_of_sources(self, sources: Ids[str]) -> dict[str, set[str]]:
         """Return the ids of all chunks of each of `sources`: one look for many sources."""
         ids: dict[str, set[str]] = {source: set() for source in sources}
         # The embedded store compares every point with a filter, which takes longer than reading
         # two fields of all of them.
         filters: list[models.Filter | None] = [None]
-        if self._is_server:
-            filters = [to_filter({"source": each}) for each in _slices(list(ids), MAX_LOOKUP)]
+        if self.points.is_server:
+            filters = [to_filter({"source": each}) for each in slices(list(ids), MAX_LOOKUP)]
         for query_filter in filters:
-            for record in self._scroll(query_filter, ["source", "chunk_id"]):
-                payload = record.payload or {}
-                if payload.get("source") in ids:
-                    ids[payload["source"]].add(payload.get("chunk_id") or str(record.id))
+            for page in self.points.scroll(query_filter, ["source", "chunk_id"]):
+                for record in page:
+                    payload = record.payload or {}
+                    if payload.get("source") in ids:
+                        ids[payload["source"]].add(payload.get("chunk_id") or id_of(record))
         return ids
 
-    def memories(self, keys: Collection[str]) -> dict[str, Memory]:
+    def memories(self, keys: Ids[str]) -> dict[str, Memory]:
         """Return memories by their key (`Memory.key`); unknown keys are left out."""
         models = qdrant().models
         found: dict[str, Memory] = {}
-        for batch in _slices(sorted(set(keys)), MAX_LOOKUP):
-            field = models.FieldCondition(key=KEY_FIELD, match=models.MatchAny(any=batch))
+        for batch in slices(sorted(set(keys)), MAX_LOOKUP):
+            field = models.FieldCondition(key=KEY_FIELD, match=models.MatchAny(any=list(batch)))
             # Several chunks may share a memory: the same text from two sources.
-            for record in self._scroll(models.Filter(must=[field]), [KEY_FIELD, MEMORY_FIELD]):
-                payload = record.payload or {}
+            with_key = models.Filter(must=[field])
+            for payload in self._payloads(with_key, [KEY_FIELD, MEMORY_FIELD]):
                 if payload[KEY_FIELD] not in found:
                     memory = decode_memory(payload, fingerprint=self.record.fingerprint)
                     if memory is not None:
@@ -402,10 +339,7 @@ class MemoryStore:
 
     def info(self) -> StoreInfo:
         """Return what the store is and holds."""
-        bytes_on_disk = None
-        if not self._is_server and self.location != IN_MEMORY:
-            files = (Path(self.location) / "collection" / self.collection).rglob("*")
-            bytes_on_disk = sum(file.stat().st_size for file in files if file.is_file())
+        is_server = self.points.is_server
         return StoreInfo(
             location=self.location,
             collection=self.collection,
@@ -414,68 +348,24 @@ class MemoryStore:
             embedder=self.record.embedder,
             dimension=self.record.dimension,
             codec=self.record.codec,
-            bytes_on_disk=bytes_on_disk,
+            bytes_on_disk=None if is_server else bytes_on_disk(self.location, self.collection),
         )
 
     # Within
 
-    @contextmanager
-    def _using(self, doing: str) -> Iterator[QdrantClient]:
-        """Give the client to one thread at a time, and its errors softrag's names."""
-        with self.lock, store_errors(doing, self.location):
-            if not self._close_client.alive:
-                raise StoreError(f"{doing} failed: the store {self.location} is closed.")
-            yield self.client
+    def _payloads(
+        self, query_filter: models.Filter | None, fields: PayloadFields
+    ) -> Iterator[dict[str, Any]]:
+        for page in self.points.scroll(query_filter, fields):
+            yield from (record.payload or {} for record in page)
 
-    def _sync(self) -> None:
-        if self._database is not None:
-            sync(self._database)
-
-    def _scroll(
-        self, query_filter: models.Filter | None, fields: PayloadFields, *, batch_size: int = 4096
-    ) -> Iterator[models.Record]:
-        """Yield points with some payload fields, page by page; the lock is free in between."""
-        offset = None
-        while True:
-            with self._using("Reading chunks") as client:
-                records, offset = client.scroll(
-                    self.collection,
-                    scroll_filter=query_filter,
-                    limit=batch_size,
-                    offset=offset,
-                    with_payload=fields,
-                )
-            yield from records
-            if offset is None:
-                return
-
-    def _hit(
-        self, id_of_point: str | int | uuid.UUID, payload: dict[str, Any], *, score: float = 0.0
-    ) -> Hit:
+    def _hit(self, id_of_point: str, payload: dict[str, Any], *, score: float = 0.0) -> Hit:
         return to_hit(
-            payload,
-            point_id=str(id_of_point),
-            score=score,
-            fingerprint=self.record.fingerprint,
+            payload, point_id=id_of_point, score=score, fingerprint=self.record.fingerprint
         )
 
-    def _check_embeddings(self, embeddings: np.ndarray, *, rows: int) -> np.ndarray:
-        """Return embeddings as `(rows, dimension)` float32, or say what is wrong with them."""
-        vectors = np.asarray(embeddings, dtype=np.float32)
-        if rows == 0 and vectors.size == 0:
-            return vectors.reshape(0, self.record.dimension)
-        if vectors.shape != (rows, self.record.dimension):
-            raise ValueError(
-                f"Search embeddings have shape {vectors.shape}; expected "
-                f"{(rows, self.record.dimension)}. Use the embedder {self.record.embedder}."
-            )
-        if not np.isfinite(vectors).all():
-            rows_affected = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
-            raise ValueError(f"Search embeddings {rows_affected} hold NaN or infinity.")
-        return vectors
-
     def _warn_if_large(self) -> None:
-        if self._is_server or self._has_warned:
+        if self.points.is_server or self._has_warned:
             return
         chunks = self.count()
         if chunks > LARGE_EMBEDDED_STORE:
@@ -489,11 +379,6 @@ class MemoryStore:
             )
 
 
-def point_id(chunk_id: str) -> str:
-    """Return the UUID of the point that holds a chunk."""
-    return str(uuid.uuid5(_POINT_NAMESPACE, chunk_id))
-
-
 def _missing(place: str) -> StoreError:
     return StoreError(
         f"{place} does not exist. Index documents into it first, or give the fingerprint, embedder "
@@ -501,32 +386,8 @@ def _missing(place: str) -> StoreError:
     )
 
 
-def _payload_selector(with_memories: bool) -> PayloadFields:
+def _fields(with_memories: bool) -> PayloadFields:
     if with_memories:
         return True
-    selector: PayloadFields = qdrant().models.PayloadSelectorExclude(exclude=[MEMORY_FIELD])
-    return selector
-
-
-def _slices(items: list[str], size: int) -> Iterator[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _request_batches(
-    points: list[models.PointStruct], *, dimension: int
-) -> Iterator[list[models.PointStruct]]:
-    """Split points so that each request stays within the limits; a larger point goes alone."""
-    batch: list[models.PointStruct] = []
-    batch_bytes = 0
-    for point in points:
-        # json escapes everything beyond ASCII, so its text is never the shorter one. A float32 as a
-        # decimal number takes up to 24 characters and a comma.
-        nbytes = len(json.dumps(point.payload)) + 25 * dimension
-        is_full = len(batch) == MAX_REQUEST_POINTS or batch_bytes + nbytes > MAX_REQUEST_BYTES
-        if batch and is_full:
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(point)
-        batch_bytes += nbytes
-    if batch:
-        yield batch
+    without: PayloadFields = qdrant().models.PayloadSelectorExclude(exclude=[MEMORY_FIELD])
+    return without

@@ -102,3 +102,28 @@ class StoreRecord:
                 f"{place} holds memories encoded as {self.codec}, but {codec} was asked for. "
                 "Leave the codec out, or index the documents again into a new store."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreInfo:
+    """What a store is and holds.
+
+    Attributes:
+        location: `":memory:"`, a folder or a URL.
+        collection: Name of the Qdrant collection.
+        chunks: How many it holds.
+        fingerprint: Of the model whose memories it holds.
+        embedder: Name of what makes its search embeddings.
+        dimension: Of a search embedding.
+        codec: Of its memories.
+        bytes_on_disk: Of the collection; None in memory and on a server.
+    """
+
+    location: str
+    collection: str
+    chunks: int
+    fingerprint: str
+    embedder: str
+    dimension: int
+    codec: str
+    bytes_on_disk: int | None

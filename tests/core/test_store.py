@@ -32,9 +32,11 @@ from softrag.errors import (
 )
 from softrag.memory import Memory, memory_key
 from softrag.store import MemoryStore
+from softrag.store import collection as collection_module
+from softrag.store import points as points_module
 from softrag.store import qdrant as store_module
 from softrag.store.payload import KEY_FIELD, MEMORY_FIELD
-from softrag.store.qdrant import point_id
+from softrag.store.points import point_id
 from tests.core.qdrant_grpc_stub import QdrantGrpcStub
 from tests.core.qdrant_stub import QdrantStub
 
@@ -388,7 +390,8 @@ def test_memories_are_found_by_key_even_when_chunks_share_one(store: MemoryStore
 
 
 def test_lookups_of_many_are_split(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MAX_LOOKUP", 3)
+    for module in (collection_module, store_module):
+        monkeypatch.setattr(module, "MAX_LOOKUP", 3)
     chunks = [make_chunk(f"text {i}") for i in range(10)]
     add(store, *chunks)
     ids = [chunk.id for chunk in chunks]
@@ -675,8 +678,8 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     with open_at(tmp_path) as store:
         add(store, *chunks[:20])
         # The database may grow by a few pages more: the same error as a full disk gives.
-        (pages,) = store._database.execute("PRAGMA page_count").fetchone()
-        store._database.execute(f"PRAGMA max_page_count = {pages + 10}")
+        (pages,) = store.points._database.execute("PRAGMA page_count").fetchone()
+        store.points._database.execute(f"PRAGMA max_page_count = {pages + 10}")
 
         with pytest.raises(StoreError, match=r"the disk of .* is full .* Free some space"):
             add(store, *chunks[20:])
@@ -853,8 +856,8 @@ def test_a_server_sends_memories_of_the_final_k_alone(stub: QdrantStub) -> None:
 def test_requests_to_a_server_stay_below_its_limit(
     stub: QdrantStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert store_module.MAX_REQUEST_BYTES < 32 * 2**20 / 1.9
-    monkeypatch.setattr(store_module, "MAX_REQUEST_BYTES", 50_000)
+    assert points_module.MAX_REQUEST_BYTES < 32 * 2**20 / 1.9
+    monkeypatch.setattr(points_module, "MAX_REQUEST_BYTES", 50_000)
     chunks = [make_chunk(f"{i} " + "漢字\n" * 1000) for i in range(20)]
 
     with open_at(stub.url) as store:
