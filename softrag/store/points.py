@@ -57,7 +57,7 @@ class Points:
 
         A point that is larger than them goes alone.
         """
-        models = qdrant().models
+        point_struct = qdrant().models.PointStruct
         batch: list[models.PointStruct] = []
         batch_bytes = 0
         for id_, vector, payload in zip(self.ids, self.vectors, self.payloads, strict=True):
@@ -68,7 +68,7 @@ class Points:
             if batch and is_full:
                 yield batch
                 batch, batch_bytes = [], 0
-            batch.append(models.PointStruct(id=id_, vector=vector.tolist(), payload=payload))
+            batch.append(point_struct(id=id_, vector=vector.tolist(), payload=payload))
             batch_bytes += nbytes
         if batch:
             yield batch
