@@ -49,9 +49,9 @@ class Embedder(Protocol):
         ...
 
 
-def default_embedder() -> Embedder:
-    """Return the embedder that needs no network: all-MiniLM-L6-v2 on the CPU."""
-    return MiniLMEmbedder()
+def default_embedder(device: str | torch.device = "cpu") -> Embedder:
+    """Return the embedder that needs no network: all-MiniLM-L6-v2."""
+    return MiniLMEmbedder(device=device)
 
 
 class MiniLMEmbedder:

@@ -25,7 +25,7 @@ from softrag.embedder import Embedder, default_embedder
 from softrag.errors import EmptyStoreError
 from softrag.fallback import answer_all, stream_answer
 from softrag.handles import MemoryCache
-from softrag.indexing import Indexer, delete_gone
+from softrag.indexing import CHUNK_TOKENS, Indexer, choose_chunk_tokens, delete_gone
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.router import Router
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from softrag.store.filters import Where
 
 logger = logging.getLogger(__name__)
-
-CHUNK_TOKENS = 128
-"""Longest chunk in compressor tokens, as in the papers."""
 
 
 class SoftRAG:
@@ -77,12 +74,7 @@ class SoftRAG:
         self.compressor = compressor
         self.decoder = decoder
         limit = compressor.model.config.max_document_tokens if compressor else CHUNK_TOKENS
-        self.chunk_tokens = min(CHUNK_TOKENS, limit) if chunk_tokens is None else chunk_tokens
-        if not 1 <= self.chunk_tokens <= limit:
-            raise ValueError(
-                f"chunk_tokens must be between 1 and the {limit} tokens this compressor reads, "
-                f"found {chunk_tokens}."
-            )
+        self.chunk_tokens = choose_chunk_tokens(chunk_tokens, limit=limit)
         maker = compressor or decoder
         store.record.check(
             place=f"The store {store.location}",

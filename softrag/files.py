@@ -47,16 +47,59 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[FileResult]:
     Args:
         paths: Files and folders.
     """
+    for file in find_files(paths):
+        try:
+            yield FileResult(file, read_file(file), None)
+        except UnreadableFileError as error:
+            yield FileResult(file, [], error)
+
+
+def find_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """Yield the absolute paths that `read_files` reads, in its order, each once."""
     seen = set()
     for path in paths:
         for file in _files(Path(path).expanduser().resolve()):
-            if file in seen:
-                continue
-            seen.add(file)
-            try:
-                yield FileResult(file, read_file(file), None)
-            except UnreadableFileError as error:
-                yield FileResult(file, [], error)
+            if file not in seen:
+                seen.add(file)
+                yield file
+
+
+def is_json_lines(path: Path) -> bool:
+    """Tell a file that `read_lines` can read in parts."""
+    return path.suffix.lower() == ".jsonl"
+
+
+def read_lines(path: Path, *, start: int, end: int, first_line: int) -> list[Document]:
+    """Read the part of a JSON lines file that is between two byte offsets, both at line starts.
+
+    Args:
+        path: The file, absolute.
+        start: Offset of the first byte.
+        end: Offset after the last byte.
+        first_line: Number of the first line, counted from 1.
+
+    Raises:
+        UnreadableFileError: The file is missing, or a line of the part is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be opened: {error.strerror or error}.") from error
+    return _read_json_lines(path, data, first_line=first_line)
+
+
+def vanished(sources: Iterable[str], paths: Iterable[str | Path]) -> list[str]:
+    """Return those of `sources` that are files at or below `paths` and no longer exist."""
+    roots = [Path(path).expanduser().resolve() for path in paths]
+
+    def is_gone(source: str) -> bool:
+        path = Path(source)
+        inside = path.is_absolute() and any(path.is_relative_to(root) for root in roots)
+        return inside and not path.exists()
+
+    return [source for source in sources if is_gone(source)]
 
 
 def read_file(path: str | Path) -> list[Document]:
@@ -181,10 +224,11 @@ def _read_pdf(path: Path, data: bytes) -> list[Document]:
     ]
 
 
-def _read_json_lines(path: Path, data: bytes) -> list[Document]:
+def _read_json_lines(path: Path, data: bytes, *, first_line: int = 1) -> list[Document]:
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [
         _from_record(path, number, line)
-        for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
+        for number, line in enumerate(lines, start=first_line)
         if line.strip()
     ]
 

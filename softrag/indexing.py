@@ -25,6 +25,26 @@ from softrag.store import MemoryStore
 from softrag.text import clean_text, split_text
 
 
+CHUNK_TOKENS = 128
+"""Longest chunk in compressor tokens, as in the papers."""
+
+
+def choose_chunk_tokens(asked: int | None, *, limit: int) -> int:
+    """Return the longest chunk in compressor tokens.
+
+    Args:
+        asked: By the user; None for `CHUNK_TOKENS`, or the compressor's limit where it is lower.
+        limit: Tokens that the compressor reads.
+    """
+    chunk_tokens = min(CHUNK_TOKENS, limit) if asked is None else asked
+    if not 1 <= chunk_tokens <= limit:
+        raise ValueError(
+            f"chunk_tokens must be between 1 and the {limit} tokens this compressor reads, "
+            f"found {asked}."
+        )
+    return chunk_tokens
+
+
 class ChunkSink(Protocol):
     """Where an indexer puts chunks: a `MemoryStore`, or the way to one in another process."""
 

@@ -41,7 +41,7 @@ CORE_LAYERS = [
     {"export"},
     {"compressor", "decoder", "store"},
     {"asking", "indexing", "router"},
-    {"fallback"},
+    {"bulk", "fallback"},
     {"engine", "question_set"},
     {"bench", "comparison", "serve"},
     {"cli"},

@@ -1,0 +1,14 @@
+"""Bulk indexing: many processes fill one store."""
+
+from softrag.bulk.coordinator import Progress
+from softrag.bulk.index import BulkReport, index_files, prune_vanished
+from softrag.bulk.worker import StoreAddress, WorkerSetup
+
+__all__ = [
+    "BulkReport",
+    "Progress",
+    "StoreAddress",
+    "WorkerSetup",
+    "index_files",
+    "prune_vanished",
+]

@@ -1,0 +1,35 @@
+"""What bulk workers load in tests: embedders that kill their process, each in its way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.embedders import HashingEmbedder
+
+
+class MortalEmbedder(HashingEmbedder):
+    """Dies (-9) after compressing a batch and before it is stored.
+
+    Args:
+        device: Not used.
+        kills: A folder of files named after batches: who comes to one removes it and dies.
+    """
+
+    def __init__(self, device: str, kills: Path | None = None) -> None:
+        self.kills = kills
+        self.batches = 0
+
+    def embed_documents(self, texts: list[str]):
+        self.batches += 1
+        if self.kills is not None:
+            try:
+                (self.kills / str(self.batches)).unlink()
+            except FileNotFoundError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if any("deadly" in text for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed_documents(texts)
