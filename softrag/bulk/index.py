@@ -227,7 +227,9 @@ def _process_context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # One clean process imports the libraries (seconds), and all workers are forked from it.
-    context.set_forkserver_preload([run_worker.__module__, "transformers.models.auto.modeling_auto"])
+    context.set_forkserver_preload(
+        [run_worker.__module__, "transformers.models.auto.modeling_auto"]
+    )
     return context
 
 

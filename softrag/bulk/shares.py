@@ -32,9 +32,7 @@ class Piece:
         try:
             if self.end is None:
                 return FileResult(path, read_file(path), None)
-            documents = read_lines(
-                path, start=self.start, end=self.end, first_line=self.first_line
-            )
+            documents = read_lines(path, start=self.start, end=self.end, first_line=self.first_line)
             return FileResult(path, documents, None)
         except UnreadableFileError as error:
             return FileResult(path, [], error)

@@ -153,9 +153,7 @@ def test_a_second_run_compresses_nothing_and_drops_what_is_gone(corpus, tmp_path
 
 
 @pytest.mark.parametrize("place", ["folder", "server"])
-def test_four_workers_of_which_two_are_killed_lose_and_double_nothing(
-    corpus, tmp_path, place
-):
+def test_four_workers_of_which_two_are_killed_lose_and_double_nothing(corpus, tmp_path, place):
     expected = by_one_process(corpus, tmp_path / "one")
     stub = QdrantStub() if place == "server" else None
     store = stub.url if stub else tmp_path / "many"
@@ -300,9 +298,7 @@ def test_files_that_vanished_are_pruned_on_request(corpus, tmp_path):
     assert (kept.sources_pruned, pruned.sources_pruned) == (0, 2)
     sources = {said[1] for said in contents(tmp_path / "store").values()}
     # What has a name of its own in a JSON lines file is no file, and stays.
-    assert sources == {f"list {n}" for n in range(5)} | {
-        str(file) for file in corpus.glob("*.txt")
-    }
+    assert sources == {f"list {n}" for n in range(5)} | {str(file) for file in corpus.glob("*.txt")}
 
 
 def test_an_empty_folder_prunes_nothing(corpus, tmp_path):
