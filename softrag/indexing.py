@@ -24,7 +24,6 @@ from softrag.memory import Memory
 from softrag.store import MemoryStore
 from softrag.text import clean_text, split_text
 
-
 CHUNK_TOKENS = 128
 """Longest chunk in compressor tokens, as in the papers."""
 

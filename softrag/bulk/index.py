@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import perf_counter
@@ -139,7 +139,7 @@ def index_files(
 
 
 def prune_vanished(
-    store: MemoryStore, paths: Sequence[str | Path], *, read: Sequence[str], documents: int
+    store: MemoryStore, paths: Sequence[str | Path], *, read: Collection[str], documents: int
 ) -> list[str]:
     """Delete from a store the files at or below `paths` that no longer exist.
 
@@ -221,7 +221,7 @@ def _run_workers(coordinator: Coordinator, setup: WorkerSetup, count: int) -> in
     return restarts
 
 
-def _process_context() -> BaseContext:
+def _process_context() -> SpawnContext | ForkServerContext:
     """Return what starts workers: never forks of this process, with its threads, locks and GPU."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

@@ -279,8 +279,9 @@ def test_what_fails_in_a_worker_fails_the_run_with_its_own_words(corpus, tmp_pat
 def test_a_store_of_another_model_is_refused_before_any_worker_starts(corpus, tmp_path):
     index_files([corpus / "note_00.txt"], setup=setup(tmp_path / "store"), workers=1)
 
+    other = str(build_checkpoint(seed=1))
+
     with pytest.raises(MemoryMismatchError, match="index the documents again"):
-        other = str(build_checkpoint(seed=1))
         index_files([corpus], setup=setup(tmp_path / "store", checkpoint=other), workers=1)
 
 
