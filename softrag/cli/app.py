@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softrag.cli import ask, chat, demo, evaluate, index, info, serve
+from softrag.cli import ask, chat, demo, evaluate, export, index, info, serve
 from softrag.errors import SoftRAGError
 
 
@@ -49,6 +49,7 @@ app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("export")(export.export)
 app.command("demo")(demo.demo)
 
 

@@ -52,7 +52,7 @@ class HashesEngine:
 
     def run(self, built: BuiltPrompt, sampling: dict[str, Any]) -> Generator[Piece, None, None]:
         """Answer one prompt; see `Engine.run`."""
-        hashes = [_content_hash(memory) for memory in built.memories]
+        hashes = [content_hash(memory) for memory in built.memories]
         with self._lock:
             known = {each for each in hashes if each in self._known}
         pieces = self._ask(built, hashes, known, sampling)
@@ -139,7 +139,7 @@ class HashesEngine:
                 self._known.pop(each, None)
 
 
-def _content_hash(memory: Memory) -> str:
+def content_hash(memory: Memory) -> str:
     """Return a hash of the values: the same document differs by the codec it was stored with."""
     digest = blake2b(f"{memory.values.dtype} {tuple(memory.values.shape)}".encode(), digest_size=16)
     digest.update(_raw(memory.values.contiguous()))

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from softrag import SoftRAG
+from softrag.cli import app
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder, VLLMDecoder
 from softrag.decoder.prompts import PromptBuilder
@@ -512,3 +515,35 @@ def test_other_values_of_the_same_document_have_another_hash(sender, server, mem
     sender.generate([replace(request, documents=[rounded])])
 
     assert [sent(each) for each in server.requests] == [[True], [True]]
+
+
+def test_the_command_exports_the_decoder_and_asks_a_server(
+    server, in_process, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("softrag.engine.default_embedder", HashingEmbedder)
+    environment = {
+        "SOFTRAG_MODEL": str(build_checkpoint()),
+        "SOFTRAG_STORE": str(tmp_path / "store"),
+        "VLLM_API_KEY": "secret",
+    }
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, list(map(str, arguments)), env=environment)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    shown = json.loads(run("export", tmp_path / "decoder", "--dtype", "float32", "--json"))
+    exported = AutoModelForCausalLM.from_pretrained(shown["folder"], dtype="auto")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(exported(ids).logits, in_process.model.decoder(ids).logits)
+    assert shown["command"] == f"vllm serve {shown['folder']} --enable-prompt-embeds"
+    assert "vllm serve" in run("export", tmp_path / "decoder")
+
+    (tmp_path / "note.txt").write_text(SENTENCES[2])
+    run("index", tmp_path / "note.txt")
+    server.key = "secret"
+    ask = ("ask", "Who wrote Hamlet?", "--max-new-tokens", 5, "--json")
+    remote = json.loads(run(*ask, "--decoder", server.url))
+
+    assert remote["answer"] == json.loads(run(*ask))["answer"]
+    assert len(server.requests) == 1

@@ -1,0 +1,373 @@
+"""vLLM as decoder against the decoder in this process, on a CPU, with the demo model.
+
+    python -m benchmarks.vllm_cpu --python .venv-vllm/bin/python --out benchmarks/results/….json
+
+`make test-vllm` sets up that other Python. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import torch
+
+from softrag import DecodeRequest, DecoderError, DecodeResult, TorchDecoder, VLLMDecoder
+from softrag.codec import decode, encode
+from softrag.export import cached_export
+from softrag.model import SoftRAGModel
+from tests.vllm.questions import ask_demo
+from tests.vllm.server import VLLMProcess
+
+CONCURRENT = 32
+ROUNDS = 3
+PACKAGES = ("torch", "transformers", "softrag-memory")
+EMBEDS = ("--enable-prompt-embeds",)
+Note = Callable[..., None]
+
+
+def main() -> None:
+    """Measure, print a line each, write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", required=True, help="of the environment with vLLM")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--in-process", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.in_process:
+        answer_in_process(options.in_process, options.out)
+        return
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    results: list[dict] = []
+    note = noter(results, options.python)
+    requests = ask_demo()
+    torch_fp32 = load_torch(torch.float32)
+    expected = torch_fp32.generate(requests)
+    exported = cached_export("softrag-demo", dtype=torch.float32)
+
+    with serve(exported, EMBEDS, "float32", options.python) as server:
+        with open_url(server) as decoder:
+            equal(note, "HTTP, float32", expected, decoder.generate(requests))
+            speed(note, "float32", torch_fp32, decoder, requests)
+            bytes_per_question(note, "complete embeddings", decoder, requests)
+            further(note, decoder, torch_fp32, requests)
+            killed(note, decoder, server, requests)
+    with serve(exported, VLLMProcess.PLUGIN_FLAGS, "float32", options.python) as server:
+        with open_url(server, send_once=True) as decoder:
+            bytes_per_question(note, "plugin, memories new", decoder, requests)
+            bytes_per_question(note, "plugin, memories known", decoder, requests)
+            equal(note, "plugin, float32", expected, decoder.generate(requests))
+            rate = best(lambda: decoder.generate(fixed(requests)), decoder)
+            note("plugin, float32: 32 tokens each", CONCURRENT / rate, "answers/s")
+    equal(note, "in process, float32", expected, run_in_process(options.python, requests))
+    bf16(note, options.python, requests)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def noter(results: list[dict], python: str) -> Note:
+    """Return a function that keeps and prints a figure."""
+    code = "import vllm, transformers as t; print(vllm.__version__, t.__version__)"
+    printed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    theirs = printed.stdout.split()[-2:]
+    versions = {package: version(package) for package in PACKAGES}
+    versions |= {"vllm": theirs[0], "transformers beside vllm": theirs[1]}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+    def note(name: str, value: float, unit: str, floor: float | None = None) -> None:
+        results.append(
+            {
+                "name": name,
+                "value": round(value, 4),
+                "unit": unit,
+                "floor": floor,
+                "device": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+                f"load {os.getloadavg()[0]:.1f}",
+                "versions": versions,
+                "commit": commit,
+                "command": "python -m benchmarks.vllm_cpu " + " ".join(sys.argv[1:]),
+                "seed": 0,
+            }
+        )
+        print(f"{name}: {value:.4g} {unit}", flush=True)
+
+    return note
+
+
+def load_torch(dtype: torch.dtype) -> TorchDecoder:
+    """Load the decoder in this process."""
+    model = SoftRAGModel.from_pretrained(
+        "softrag-demo", load_compressor=False, dtype=dtype, device="cpu"
+    )
+    return TorchDecoder(model)
+
+
+def serve(exported: Path, flags: Sequence[str], dtype: str, python: str) -> VLLMProcess:
+    """Start a server."""
+    return VLLMProcess(exported, flags=flags, dtype=dtype, python=python)
+
+
+@contextmanager
+def open_url(server: VLLMProcess, *, send_once: bool = False) -> Iterator[VLLMDecoder]:
+    """Open a decoder and let vLLM prepare what it prepares at the first request."""
+    decoder = VLLMDecoder.from_url(
+        "softrag-demo", server.url, send_once=send_once, max_concurrent=CONCURRENT, timeout_s=300
+    )
+    with closing(decoder):
+        decoder.generate([DecodeRequest(question="Warm?", max_new_tokens=4)])
+        yield decoder
+
+
+def same(results: Sequence[DecodeResult], others: Sequence[DecodeResult]) -> int:
+    """Count equal answers."""
+    return sum(
+        (a.text, a.completion_tokens) == (b.text, b.completion_tokens)
+        for a, b in zip(results, others, strict=True)
+    )
+
+
+def equal(
+    note: Note, name: str, expected: Sequence[DecodeResult], results: Sequence[DecodeResult]
+) -> None:
+    """Note how many answers are equal."""
+    note(f"{name}: answers equal to the decoder in process", same(results, expected),
+         f"of {len(expected)}", len(expected))  # fmt: skip
+
+
+def fixed(requests: Sequence[DecodeRequest]) -> list[DecodeRequest]:
+    """Return requests for 32 tokens each, where nothing ends an answer (see `endless`)."""
+    return [replace(each, max_new_tokens=32) for each in requests[:CONCURRENT]]
+
+
+def mixed(requests: Sequence[DecodeRequest]) -> list[DecodeRequest]:
+    """Return requests for 4 to 64 tokens."""
+    return [
+        replace(each, max_new_tokens=4 + n * 60 // (CONCURRENT - 1))
+        for n, each in enumerate(requests[:CONCURRENT])
+    ]
+
+
+@contextmanager
+def endless(*decoders: TorchDecoder | VLLMDecoder) -> Iterator[None]:
+    """Let no token end an answer."""
+    kept = [decoder._end_ids for decoder in decoders]
+    for decoder, ends in zip(decoders, kept, strict=True):
+        decoder._end_ids = type(ends)()
+    yield
+    for decoder, ends in zip(decoders, kept, strict=True):
+        decoder._end_ids = ends
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Return seconds."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def best(run: Callable[[], object], *decoders: TorchDecoder | VLLMDecoder) -> float:
+    """Return the median seconds of endless answers."""
+    with endless(*decoders):
+        return statistics.median(timed(run) for _ in range(ROUNDS))
+
+
+def speed(
+    note: Note,
+    dtype: str,
+    in_process: TorchDecoder,
+    decoder: VLLMDecoder,
+    requests: Sequence[DecodeRequest],
+) -> None:
+    """Note answers per second of both, and their ratio."""
+    with endless(in_process, decoder):
+        measured = {
+            "32 tokens each": take_turns(in_process, decoder, fixed(requests)),
+            "4 to 64 tokens": take_turns(in_process, decoder, mixed(requests)),
+        }
+    measured["as they end"] = take_turns(in_process, decoder, requests[:CONCURRENT])
+    for name, (ours, theirs) in measured.items():
+        note(f"static batch in process, {dtype}: {name}", CONCURRENT / ours, "answers/s")
+        note(f"vLLM over HTTP, {dtype}: {name}", CONCURRENT / theirs, "answers/s")
+        note(
+            f"vLLM over HTTP, {dtype}: {name}, times the static batch", ours / theirs, "ratio", 1.8
+        )
+
+
+def take_turns(
+    in_process: TorchDecoder, decoder: VLLMDecoder, load: Sequence[DecodeRequest]
+) -> tuple[float, float]:
+    """Return the median seconds of both, measured in turns: other work slows both alike."""
+    pairs = [
+        (timed(lambda: in_process.generate(load)), timed(lambda: decoder.generate(load)))
+        for _ in range(ROUNDS)
+    ]
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return ours, theirs
+
+
+def bytes_per_question(
+    note: Note, name: str, decoder: VLLMDecoder, requests: Sequence[DecodeRequest]
+) -> None:
+    """Note the mean size of a request's body."""
+    sizes: list[int] = []
+
+    def count(request: httpx.Request) -> None:
+        sizes.append(int(request.headers["content-length"]))
+
+    hooks = decoder.engine.server._http.event_hooks
+    decoder.engine.server._http.event_hooks = {**hooks, "request": [count]}
+    decoder.generate([replace(each, max_new_tokens=1) for each in requests])
+    decoder.engine.server._http.event_hooks = hooks
+    note(f"sent per question, {name}", statistics.mean(sizes), "bytes")
+
+
+def further(
+    note: Note, decoder: VLLMDecoder, in_process: TorchDecoder, requests: Sequence[DecodeRequest]
+) -> None:
+    """Offer what must be refused, then count right answers among a thousand further ones."""
+    memory = requests[0].documents[0]
+    nan, infinite = memory.values.clone(), memory.values.clone()
+    nan[0, 0], infinite[0, 0] = float("nan"), float("inf")
+    refused = 0
+    for spoilt in (
+        replace(memory, values=nan),
+        replace(memory, values=infinite),
+        replace(memory, values=memory.values[:, 1:]),
+        replace(memory, fingerprint="0" * 32),
+    ):
+        try:
+            decoder.generate([replace(requests[0], documents=[spoilt])])
+        except Exception:
+            refused += 1
+    note("NaN, infinity, wrong width, foreign fingerprint: refused before sending", refused,
+         "of 4", 4)  # fmt: skip
+    short = [replace(each, max_new_tokens=2) for each in requests]
+    right = in_process.generate(short)
+    note("right answers after them", same(decoder.generate(short * 20), right * 20),
+         "of 1000", 1000)  # fmt: skip
+
+
+def killed(
+    note: Note, decoder: VLLMDecoder, server: VLLMProcess, requests: Sequence[DecodeRequest]
+) -> None:
+    """Kill the server in the middle of an answer, and note how long errors take."""
+    expected = decoder.generate(requests[:4])
+    with endless(decoder):
+        stream = decoder.stream(replace(requests[0], max_new_tokens=2000))
+        next(stream)
+    server.kill()
+    note("killed in an answer: until its error", timed(lambda: fails(lambda: list(stream))),
+         "s", 5)  # fmt: skip
+    note("killed: until the error of 4 new questions",
+         timed(lambda: fails(lambda: decoder.generate(requests[:4]))), "s", 5)  # fmt: skip
+    server.start()
+    note("right answers when it is back", same(decoder.generate(requests[:4]), expected),
+         "of 4", 4)  # fmt: skip
+
+
+def fails(run: Callable[[], object]) -> None:
+    """Run what must end in a `DecoderError`."""
+    try:
+        run()
+    except DecoderError as error:
+        print(f"  {error}")
+        return
+    raise AssertionError("expected a DecoderError")
+
+
+def run_in_process(python: str, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+    """Answer with vLLM in another Python's process."""
+    folder = Path(os.environ.get("TMPDIR", "/tmp"))
+    asked, answered = folder / "softrag-asked.json", folder / "softrag-answered.json"
+    rows = [
+        {
+            "question": each.question,
+            "max_new_tokens": each.max_new_tokens,
+            "documents": [encode(memory).hex() for memory in each.documents],
+        }
+        for each in requests
+    ]
+    asked.write_text(json.dumps(rows))
+    subprocess.run(
+        [
+            *(python, "-m", "benchmarks.vllm_cpu", "--python", python),
+            *("--in-process", str(asked), "--out", str(answered)),
+        ],
+        check=True,
+        env={k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "."},
+    )
+    return [DecodeResult(**each) for each in json.loads(answered.read_text())]
+
+
+def answer_in_process(asked: Path, answered: Path) -> None:
+    """Answer with vLLM in this process."""
+    requests = [
+        DecodeRequest(
+            question=each["question"],
+            max_new_tokens=each["max_new_tokens"],
+            documents=[decode(bytes.fromhex(data)) for data in each["documents"]],
+        )
+        for each in json.loads(asked.read_text())
+    ]
+    decoder = VLLMDecoder.in_process(
+        "softrag-demo", options={"enforce_eager": True, "dtype": "float32"}
+    )
+    with closing(decoder):
+        results = decoder.generate(requests)
+    fields = ("text", "prompt_tokens", "soft_tokens", "completion_tokens", "first_token_s",
+              "finish_reason")  # fmt: skip
+    answered.write_text(json.dumps([{n: getattr(r, n) for n in fields} for r in results]))
+
+
+def bf16(note: Note, python: str, requests: Sequence[DecodeRequest]) -> None:
+    """Note the same in bfloat16, and how near ties the divergences are."""
+    in_process = load_torch(torch.bfloat16)
+    expected = in_process.generate(requests)
+    exported = cached_export("softrag-demo", dtype=torch.bfloat16)
+    with serve(exported, EMBEDS, "bfloat16", python) as server, open_url(server) as decoder:
+        results = decoder.generate(requests)
+        equal_share = same(results, expected)
+        note("HTTP, bfloat16: answers equal to the decoder in process", equal_share,
+             f"of {len(expected)}")  # fmt: skip
+        gaps = [
+            top_two_gap(in_process, request, ours.text, theirs.text)
+            for request, ours, theirs in zip(requests, expected, results, strict=True)
+            if ours.text != theirs.text
+        ]
+        if gaps:
+            note("bfloat16: largest gap of the two best logits where answers part", max(gaps),
+                 "logits")  # fmt: skip
+        speed(note, "bfloat16", in_process, decoder, requests)
+
+
+@torch.no_grad()
+def top_two_gap(decoder: TorchDecoder, request: DecodeRequest, ours: str, theirs: str) -> float:
+    """Return how far the two best logits are apart after what two answers share."""
+    tokenizer = decoder.prompt.tokenizer
+    a, b = (tokenizer.encode(text, add_special_tokens=False) for text in (ours, theirs))
+    shared = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    shared = min(len(a), len(b)) if shared is None else shared
+    row = decoder._render(request.question, request.documents)
+    ids = torch.tensor([[*row.input_ids, *a[:shared]]])
+    soft_tokens = torch.cat([memory.values for memory in request.documents])
+    embeds = decoder.model.embed_prompt(ids, torch.ones_like(ids), soft_tokens)
+    logits = decoder.model.decoder(inputs_embeds=embeds).logits[0, -1]
+    best_two = logits.float().topk(2).values
+    return float(best_two[0] - best_two[1])
+
+
+if __name__ == "__main__":
+    main()
