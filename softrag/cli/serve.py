@@ -13,6 +13,7 @@ from softrag.cli.options import (
     DEFAULT_STORE,
     Decoder,
     Device,
+    Fallback,
     Json,
     Model,
     Store,
@@ -25,6 +26,7 @@ def serve(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     decoder: Decoder = "torch",
+    fallback: Fallback = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     keys: Annotated[
@@ -86,6 +88,8 @@ def serve(
             )
 
     # Every tenant has a store of its own; this one only holds the model.
-    with load_engine(model, ":memory:", device=device, decoder=decoder, create=True) as engine:
+    with load_engine(
+        model, ":memory:", device=device, decoder=decoder, create=True, fallback=fallback
+    ) as engine:
         tenants = open_tenants(engine, store, allowed.tenants if allowed else [""])
         run(build_server(tenants, settings, on_start=announce, quiet=json))
