@@ -51,6 +51,7 @@ class _Plan:
     device: str | None
     batch_size: int
     max_new_tokens: int
+    with_compressor: bool
     with_state: bool
     quiet: bool
 
@@ -122,6 +123,8 @@ def evaluate(
     _check_options(file, store, corpus, make_questions, models=model or [])
     if (calibrate or fallback) and (not both or len(model or []) > 1):
         raise typer.BadParameter("a fallback needs one model, and the modes text and memory.")
+    if calibrate and not 0 < budget < 1:
+        raise typer.BadParameter("must be between 0 and 1.", param_hint="--budget")
     if report or calibrate:
         _check_extras(report=report is not None, calibrate=calibrate is not None)
     router = Router.load(fallback) if fallback else None
@@ -133,6 +136,8 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        # Its tokenizer measures the chunks of files.
+        with_compressor="memory" in wanted or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
         quiet=json,
     )
@@ -247,6 +252,7 @@ def _load(plan: _Plan, number: int) -> LoadedModel:
         plan.models[number],
         name=Path(plan.models[number]).name if len(plan.models) > 1 else "",
         device=plan.device,
+        load_compressor=plan.with_compressor,
         batch_size=plan.batch_size,
     )
 

@@ -39,13 +39,13 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_calibration(calibration: Calibration, file: Path | None) -> None:
     """Print what a router is worth, and where it is."""
-    recovered = calibration.recovered
+    mean, low, high = calibration.recovered
+    gap = f": {mean:.0%} of the gap [{low:.0%}, {high:.0%}]" if calibration.has_gap else ""
     _console().print(
-        f"Fallback, tested on questions the router had not seen: with "
+        f"\nFallback, tested on questions the router had not seen: with "
         f"{calibration.from_text.mean():.0%} of them answered from text, quality goes from "
         f"{calibration.memory.mean:.1f} to {calibration.routed.mean:.1f} (text alone "
-        f"{calibration.text.mean:.1f}): {recovered.mean:.0%} of the gap "
-        f"[{recovered.low:.0%}, {recovered.high:.0%}].\nThe router is in {file}; "
+        f"{calibration.text.mean:.1f}){gap}.\nThe router is in {file}; "
         f"use it with --fallback {file}.",
         markup=False,
         highlight=False,

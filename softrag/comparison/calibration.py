@@ -41,6 +41,11 @@ class Calibration:
     recovered: Interval
     gain: np.ndarray
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether text is better on average, so that `recovered` says something."""
+        return self.text.mean > self.memory.mean
+
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Return shares of questions from text, 0 to 1, and the mean quality at each."""
         ordered = self.gain[np.argsort(-self.scores, kind="stable")]

@@ -57,10 +57,10 @@ question, answered in batches.</p>
 {% if calibration %}
 <h2>Fallback</h2>
 <p>Tested on questions the router had not seen: with {{ "%.0f" | format(100 *
-calibration.text_share) }} % of the questions answered from text, F1 goes from
+calibration.text_share) }} % of the questions answered from text, quality goes from
 {{ "%.1f" | format(calibration.memory[0]) }} to {{ "%.1f" | format(calibration.routed[0]) }}, where
-text alone has {{ "%.1f" | format(calibration.text[0]) }}. That is
-{{ "%.0f" | format(100 * calibration.recovered[0]) }} % of the gap.</p>
+text alone has {{ "%.1f" | format(calibration.text[0]) }}.{% if calibration.recovered %} That is
+{{ "%.0f" | format(100 * calibration.recovered[0]) }} % of the gap.{% endif %}</p>
 {% endif %}
 {% for row in lost %}
 <h2>Where text is right and {{ row.name }} wrong: {{ row.count }} of {{ summary.questions }}
@@ -202,7 +202,7 @@ def _curve(calibration: Calibration) -> dict[str, str]:
     ends = [calibration.memory.mean, calibration.text.mean]
     axes.plot([0, 100], ends, linestyle="--", color="grey", label="chosen at random")
     axes.set_xlabel("questions answered from text, in percent")
-    axes.set_ylabel("F1 in percent")
+    axes.set_ylabel("quality in percent")
     axes.legend(frameon=False)
     caption = "Fallback: quality against the share of text, on questions the router had not seen."
     return {"caption": caption, "png": _png(figure)}

@@ -56,7 +56,7 @@ def summarize_calibration(calibration: Calibration) -> dict[str, Any]:
         "memory": list(calibration.memory),
         "text": list(calibration.text),
         "routed": list(calibration.routed),
-        "recovered": list(calibration.recovered),
+        "recovered": list(calibration.recovered) if calibration.has_gap else None,
         "threshold": calibration.router.threshold,
         "lookahead": calibration.router.lookahead,
         "with_state": calibration.router.with_state,
