@@ -222,7 +222,7 @@ def split_for(compressor: Compressor | None, text: str) -> list[str]:
     if not text.strip():
         raise EmptyDocumentError("A source has no text, so there is nothing to compress.")
     limit = compressor.model.config.max_document_tokens
-    if len(compressor.prompt.tokenize(text)) <= limit:
+    if compressor.cut or len(compressor.prompt.tokenize(text)) <= limit:
         return [text]
     return [piece.text for piece in split_text(text, compressor.prompt.tokenizer, limit)]
 

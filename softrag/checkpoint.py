@@ -147,7 +147,8 @@ def read_config(folder: Path) -> SoftRAGConfig:
     found = values.get("model_type")
     if found != SoftRAGConfig.model_type:
         raise CheckpointError(
-            f"{path} says model_type {found!r}; expected {SoftRAGConfig.model_type!r}."
+            f"{path} says model_type {found!r}; expected {SoftRAGConfig.model_type!r}. Another "
+            "project's checkpoint is converted by: softrag convert SOURCE FOLDER"
         )
     unknown = set(values) - set(SoftRAGConfig().to_dict()) - _HF_FIELDS
     if unknown:

@@ -111,6 +111,7 @@ class SoftRAG:
         decoder: Decoder | str = "torch",
         chunk_tokens: int | None = None,
         rate: int | None = None,
+        cut: bool = False,
         fallback: Router | str | Path | None = None,
     ) -> SoftRAG:
         """Load a checkpoint and open a store.
@@ -131,6 +132,8 @@ class SoftRAG:
             chunk_tokens: As in the class.
             rate: Document tokens per soft token, one of those the checkpoint was trained at; None
                 for its own. A store holds memories of one rate.
+            cut: Cut documents that are longer than the compressor reads, as research code does,
+                instead of splitting them: one chunk each, whose end is not read.
             fallback: A router, or the file that `softrag eval --calibrate` wrote; None for none.
 
         Raises:
@@ -170,7 +173,7 @@ class SoftRAG:
         return cls(
             store=store,
             embedder=embedder,
-            compressor=Compressor(model, lock=lock) if load_compressor else None,
+            compressor=Compressor(model, cut=cut, lock=lock) if load_compressor else None,
             decoder=None if isinstance(decoder, str) else decoder,
             chunk_tokens=chunk_tokens,
             fallback=fallback,

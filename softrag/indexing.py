@@ -22,7 +22,7 @@ from softrag.embedder import Embedder
 from softrag.errors import EmptyDocumentError
 from softrag.memory import Memory
 from softrag.store import MemoryStore
-from softrag.text import clean_text, split_text
+from softrag.text import TextSpan, clean_text, split_text
 
 CHUNK_TOKENS = 128
 """Longest chunk in compressor tokens, as in the papers."""
@@ -141,7 +141,12 @@ class Indexer:
             EmptyDocumentError: The document has no text.
         """
         title, room = self._fit_title(document.title)
-        pieces = split_text(clean_text(document.text), self.compressor.prompt.tokenizer, room)
+        text = clean_text(document.text)
+        if self.compressor.cut:
+            n_tokens = len(self.compressor.prompt.tokenize(text))
+            pieces = [TextSpan(text, 0, len(text), n_tokens)] if text else []
+        else:
+            pieces = split_text(text, self.compressor.prompt.tokenizer, room)
         if not pieces:
             raise EmptyDocumentError(
                 f"{document.source or 'A document'} has no text, so there is nothing to compress."

@@ -157,6 +157,14 @@ class DocumentPrompt:
         )
         return list(encoded["input_ids"])
 
+    def render_many(
+        self, documents: Sequence[str], questions: Sequence[str | None]
+    ) -> list[DocumentRow]:
+        """Lay out documents as `render` does, on all cores where the tokenizer can."""
+        # As a string with its prompt, or else apart from it.
+        read = documents if self._verbatim is not None else self.tokenize_many(documents)
+        return [self.render(text, asked) for text, asked in zip(read, questions, strict=True)]
+
     def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:
         """Lay out one document for the compressor.
 
@@ -183,6 +191,8 @@ class DocumentPrompt:
         before, after = (self._fill(part, question) for part in template.split("{document}"))
         n_read = min(len(ids), self.config.max_document_tokens)
         truncated = n_read < len(ids)
+        if self._verbatim is None:
+            document = ids
         if not truncated:
             row = self._lay_out(before, document, after)
         elif self.config.max_row_tokens is None:
@@ -210,9 +220,9 @@ class DocumentPrompt:
             if isinstance(document, str):
                 return self._verbatim.encode(before + self._verbatim.plain(document) + after)
             return [*self._verbatim.encode(before), *document, *self._verbatim.encode(after)]
+        assert not isinstance(document, str)
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = self.tokenize(document) if isinstance(document, str) else document
-        return [*bos, *self.tokenize(before), *ids, *self.tokenize(after)]
+        return [*bos, *self.tokenize(before), *document, *self.tokenize(after)]
 
     def _fill(self, template: str, question: str | None) -> str:
         """Return a part of the template with the question in it, ready for `_lay_out`."""

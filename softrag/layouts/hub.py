@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softrag.checkpoint import Source, StoredTensor, read_json
 from softrag.config import SHARED, SoftRAGConfig
 from softrag.errors import CheckpointError
@@ -274,8 +276,14 @@ def _decoder_tensors(
     adapters = read_pickled(path)
     if config.shares_backbone and settings.one_adapter and "decoder_adapter" in adapters:
         adapters.setdefault("encoder_adapter", adapters["decoder_adapter"])
+    ends = read_tensors(folder / _EMBEDDINGS)
     for adapter, values in adapters.items():
-        tensors = only_tensors(path, values)
+        # Some releases of peft save resized embeddings with every adapter: the same ones again.
+        tensors = {
+            name: tensor
+            for name, tensor in only_tensors(path, values).items()
+            if name not in ends or not torch.equal(tensor, ends[name])
+        }
         if adapter == "decoder_adapter":
             found.add_lora(path, "decoder.", tensors)
         elif adapter == "encoder_adapter" and config.shares_backbone:
@@ -283,7 +291,6 @@ def _decoder_tensors(
         elif adapter not in _UNUSED_ADAPTERS:
             found.add(path, {f"{adapter}.{name}": tensor for name, tensor in tensors.items()})
     path = folder / _EMBEDDINGS
-    ends = read_tensors(path)
     found.add(path, {f"decoder.{name}": tensor for name, tensor in ends.items()})
     embeddings = ends.get("model.embed_tokens.weight")
     if embeddings is not None:

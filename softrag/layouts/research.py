@@ -35,7 +35,7 @@ RAG_PROMPT = {
     ),
     "user": "\n\nBackground:{documents}\n Question: {question}",
     "user_without_documents": "\n Question: {question}",
-    "user_with_system": "{system}\n\n{user}",
+    "user_with_system": "{system}\n{user}",
     "memory": "Document {number}:{document}",
     "text": "Document {number}:{document}",
     "document_separator": "",
