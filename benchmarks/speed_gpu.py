@@ -1,8 +1,9 @@
 """What the fused paths do on a GPU: correct first, then how near the hardware's limit.
 
-    python benchmarks/speed_gpu.py --out DIR [--parts check,floors,kernels,compress,decode,...]
+    python benchmarks/speed_gpu.py --out DIR [--parts naive,single/compress]
 
-Every part is guarded: an error is printed with its traceback and the next part runs.
+Every part is guarded: an error is printed with its traceback and the next part runs. Groups of
+parts, separated by `/`, run in processes of their own.
 """
 
 # Work is timed inside the loop that makes it.
@@ -14,6 +15,8 @@ import argparse
 import functools
 import logging
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -30,7 +33,12 @@ from softrag.decoder import TorchDecoder
 from softrag.fused import FusedBackbone, PackedRunner, reference
 
 print = functools.partial(print, flush=True)
-ALL = "check,floors,kernels,compress,naive_compress,naive,single,batch,arrivals,profile,growth"
+CHECKS = "check:llama:float32,check:llama:bfloat16,check:qwen3:bfloat16,check:mistral:bfloat16"
+# Groups of parts; each group is a process of its own.
+ALL = (
+    f"{CHECKS}/naive,single,batch,arrivals,profile,growth/compress,naive_compress/"
+    "check_kernels,kernels"
+)
 SMALL = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -101,18 +109,14 @@ class Bench:
 
     # ------------------------------------------------------------------ parts
 
-    def check(self) -> None:
-        """Compare fused and captured paths with Hugging Face's own, family by family."""
-        if self.device.type == "cuda":
-            guarded("kernels against the reference", self._check_kernels)
-        for name in self.options.families.split(","):
-            options = FAMILIES[name]
-            SHAPES[name] = SMALL | options | {"model_type": name}
-            PRESETS[name] = (name, name)
-            for dtype in (torch.float32, torch.bfloat16):
-                guarded(f"{name} {dtype}", functools.partial(self._check_family, name, dtype=dtype))
+    def check(self, name: str, dtype: str) -> None:
+        """Compare fused and captured paths of a family with Hugging Face's own."""
+        SHAPES[name] = SMALL | FAMILIES[name] | {"model_type": name}
+        PRESETS[name] = (name, name)
+        self._check_family(name, dtype=getattr(torch, dtype))
 
-    def _check_kernels(self) -> None:
+    def check_kernels(self) -> None:
+        """Compare every kernel with its reference."""
         from softrag.fused import kernels
 
         def far(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -323,8 +327,11 @@ class Bench:
         """Compare batch sizes, captured or not."""
         count = self.options.documents
         model = self.compressor_model
-        for batch_tokens in (8192, 16384, 32768, 65536) if self.device.type == "cuda" else (512,):
-            for capture in (True, False):
+        on_gpu = self.device.type == "cuda"
+        for batch_tokens in self.options.batch_tokens if on_gpu else (512,):
+            for capture in (
+                (True, False) if batch_tokens == self.options.batch_tokens[0] else (True,)
+            ):
                 model._fused_compressor = PackedRunner(
                     model._fused_compressor.backbone
                     if model._fused_compressor is not None
@@ -386,7 +393,7 @@ class Bench:
 
     def arrivals(self) -> None:
         """Measure requests that arrive at random."""
-        for count, load in ((64, 4.0), (256, 1.5)) if self.device.type == "cuda" else ((8, 4.0),):
+        for count, load in ((64, 4.0),) if self.device.type == "cuda" else ((8, 4.0),):
             bench_decode.bench_arrivals(self.decoder, self.recorder, count=count, load=load)
 
     def growth(self) -> None:
@@ -480,6 +487,8 @@ def guarded(name: str, work) -> None:  # noqa: ANN001
     except Exception:
         traceback.print_exc()
         print(f"== {name}: FAILED, {time.time() - started:.1f} s")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a dead device ends the process here
 
 
 def main() -> None:
@@ -487,7 +496,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=ALL)
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--inside", action="store_true", help="in this very process")
+    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[16384, 8192, 32768, 65536])
     parser.add_argument("--preset", default="qwen3-8b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--documents", type=int, default=4096)
@@ -497,10 +507,37 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    bench = Bench(options)
-    for part in options.parts.split(","):
-        guarded(part, (lambda: bench.hardware) if part == "floors" else getattr(bench, part))
+    if options.inside:
+        bench = Bench(options)
+        for part in options.parts.split(","):
+            name, *arguments = part.split(":")
+            work = (lambda: bench.hardware) if part == "floors" else getattr(bench, name)
+            guarded(part, functools.partial(work, *arguments))
+        return
+    for number, group in enumerate(options.parts.split("/")):
+        run_group(group.split(","), options.out / f"{number}")
     print("done")
+
+
+def run_group(parts: list[str], out: Path) -> None:
+    """Run parts in one process; after a crash go on in another behind the part that crashed."""
+    turn = 0
+    while parts:
+        # The last of an option counts.
+        command = [sys.executable, *sys.argv, "--inside", "--parts", ",".join(parts)]
+        command += ["--out", str(out / str(turn))]
+        started = time.time()
+        done = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            for line in child.stdout:
+                print(line, end="")
+                if line.startswith("== ") and (": OK, " in line or ": FAILED, " in line):
+                    done.append(line)
+        print(f"-- process ended with {child.returncode} after {time.time() - started:.1f} s")
+        if child.returncode == 0:
+            return
+        parts = parts[len(done) + 1 :]
+        turn += 1
 
 
 if __name__ == "__main__":

@@ -120,8 +120,10 @@ class StepRunner:
         self._sampling: list[bool] = []
         self._longest: list[int] = []
         device = backbone.device
-        # One row per place: next token, its position, seed of sampling.
-        self._state = torch.zeros((batch_size, 3), dtype=torch.long, device=device)
+        # Of each place: next token, its position, seed of sampling.
+        self._tokens, self._positions, self._seeds = torch.zeros(
+            (3, batch_size), dtype=torch.long, device=device
+        )
         self._temperature = torch.zeros(batch_size, device=device)
         self._tables = torch.zeros(
             (batch_size, pages_for(backbone.max_length + 1)), dtype=torch.int32, device=device
@@ -135,13 +137,17 @@ class StepRunner:
         moved = [(new, old) for new, old in enumerate(keep) if new != old]
         if moved:
             both = _to_device([list(pair) for pair in zip(*moved, strict=True)], self.backbone)
-            for tensor in (self._state, self._temperature, self._tables):
+            for tensor in self._places():
                 tensor[both[0]] = tensor[both[1]]
-        for tensor in (self._state, self._temperature, self._tables):
+        for tensor in self._places():
             tensor[len(keep) : self.rows] = 0
         self._sampling = [self._sampling[place] for place in keep]
         self._longest = [self._longest[place] for place in keep]
         self.rows = len(keep)
+
+    def _places(self) -> tuple[torch.Tensor, ...]:
+        """Return what is kept of each place, `(batch_size, …)` each."""
+        return self._tokens, self._positions, self._seeds, self._temperature, self._tables
 
     # ------------------------------------------------------------------ passes
 
@@ -162,8 +168,8 @@ class StepRunner:
             out = self._pass(places, prompt, sampling)
         if running:
             # Here and not in the pass, because a pass may be done twice before it counts.
-            self._state[:running, 0] = out.tokens[:running]
-            self._state[:running, 1] += 1
+            self._tokens[:running] = out.tokens[:running]
+            self._positions[:running] += 1
             self._longest = [length + 1 for length in self._longest]
         if prompt is not None:
             self._add(new, out.tokens[places : places + len(new)], prompt)
@@ -178,9 +184,9 @@ class StepRunner:
 
     def _pass(self, places: int, prompt: _Prompt | None, sampling: bool) -> _Output:
         """Choose tokens for `places` rows and for the prompts."""
-        state, tables = self._state[:places], self._tables[:places]
-        tokens, positions, seeds = state[:, 0], state[:, 1], state[:, 2]
-        temperature = self._temperature[:places]
+        tokens, positions, seeds, temperature, tables = (
+            tensor[:places] for tensor in self._places()
+        )
         lengths = positions + 1
         number = tables.gather(1, (positions // PAGE)[:, None])[:, 0]
         slots = number * PAGE + positions % PAGE
@@ -288,9 +294,9 @@ class StepRunner:
         """Let new rows run, behind the others."""
         places = slice(self.rows, self.rows + len(new))
         count = slice(0, len(new))
-        self._state[places, 0] = tokens
-        self._state[places, 1] = prompt.lengths[count]
-        self._state[places, 2] = prompt.seeds[count]
+        self._tokens[places] = tokens
+        self._positions[places] = prompt.lengths[count]
+        self._seeds[places] = prompt.seeds[count]
         self._temperature[places] = prompt.temperature[count]
         widest = max(len(row.pages) for row in new)
         tables = [[*row.pages, *[0] * (widest - len(row.pages))] for row in new]

@@ -120,6 +120,8 @@ def decode_attention(
     longest: int | None = None,
 ) -> torch.Tensor:
     """See `reference.decode_attention`; `longest` is not needed."""
+    assert qkv.is_contiguous()
+    assert lengths.is_contiguous()
     rows = len(qkv)
     kv_heads, page, dim = keys.shape[1:]
     # Enough programs to fill the device, where rows and heads alone are too few.

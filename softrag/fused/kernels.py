@@ -168,6 +168,9 @@ def rotate(
 ) -> None:
     """See `reference.rotate`."""
     store = keys is not None and values is not None and slots is not None
+    assert qkv.is_contiguous()
+    assert positions.is_contiguous()
+    assert slots is None or slots.is_contiguous()
     _rotate[(len(qkv),)](
         qkv,
         positions,
