@@ -66,6 +66,7 @@ class Bench:
         self.options = options
         self.device = torch.device(options.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.capture = self.device.type == "cuda" and not options.no_capture
         options.out.mkdir(parents=True, exist_ok=True)
         self.recorder = Recorder(
             device=self.device, say=print, path=options.out / "speed.json", seed=0
@@ -98,7 +99,7 @@ class Bench:
     def decoder(self) -> TorchDecoder:
         """The decoder; from here on the adapters are merged."""
         started = time.time()
-        decoder = TorchDecoder(self.model)
+        decoder = TorchDecoder(self.model, capture=self.capture)
         print(f"made the decoder in {time.time() - started:.1f} s")
         return decoder
 
@@ -327,17 +328,15 @@ class Bench:
         """Compare batch sizes, captured or not."""
         count = self.options.documents
         model = self.compressor_model
-        on_gpu = self.device.type == "cuda"
-        for batch_tokens in self.options.batch_tokens if on_gpu else (512,):
-            for capture in (
-                (True, False) if batch_tokens == self.options.batch_tokens[0] else (True,)
-            ):
+        sizes = self.options.batch_tokens if self.device.type == "cuda" else (512,)
+        for batch_tokens in sizes:
+            for capture in (True, False) if batch_tokens == sizes[0] else (True,):
                 model._fused_compressor = PackedRunner(
                     model._fused_compressor.backbone
                     if model._fused_compressor is not None
                     else FusedBackbone(model.compressor),
                     width=batch_tokens,
-                    capture=capture and self.device.type == "cuda",
+                    capture=capture and self.capture,
                 )
                 bench_compress.bench_compress(
                     model, self.recorder, self.hardware, documents=count,
@@ -497,6 +496,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=ALL)
     parser.add_argument("--inside", action="store_true", help="in this very process")
+    parser.add_argument("--no-capture", action="store_true")
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[16384, 8192, 32768, 65536])
     parser.add_argument("--preset", default="qwen3-8b")
     parser.add_argument("--device", default="cuda")
@@ -521,11 +521,11 @@ def main() -> None:
 
 def run_group(parts: list[str], out: Path) -> None:
     """Run parts in one process; after a crash go on in another behind the part that crashed."""
-    turn = 0
+    turn, options = 0, list[str]()
     while parts:
         # The last of an option counts.
         command = [sys.executable, *sys.argv, "--inside", "--parts", ",".join(parts)]
-        command += ["--out", str(out / str(turn))]
+        command += ["--out", str(out / str(turn)), *options]
         started = time.time()
         done = []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -538,6 +538,7 @@ def run_group(parts: list[str], out: Path) -> None:
             return
         parts = parts[len(done) + 1 :]
         turn += 1
+        options = ["--no-capture"]
 
 
 if __name__ == "__main__":
