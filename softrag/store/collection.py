@@ -65,14 +65,14 @@ class Collection:
         for batch in points.requests():
             with self.using("Storing chunks") as client:
                 client.upsert(self.name, points=batch, wait=True)
-                self._sync()
+                self.sync()
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete points; unknown ids are ignored."""
         for batch in slices(ids, MAX_LOOKUP):
             with self.using("Deleting chunks") as client:
                 client.delete(self.name, list(batch), wait=True)
-                self._sync()
+                self.sync()
 
     def retrieve(self, ids: Sequence[str], fields: PayloadFields) -> list[models.Record]:
         """Return points by id, in no particular order; unknown ids are left out."""
@@ -129,7 +129,8 @@ class Collection:
         with self.using("Counting") as client:
             return client.count(self.name, count_filter=query_filter, exact=True).count
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Make everything stored survive a power cut; on a server, that is the server's part."""
         if self._database is not None:
             sync(self._database)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,16 +15,27 @@ from qdrant_client.grpc import collections_service_pb2_grpc, points_service_pb2_
 
 
 class QdrantGrpcStub:
-    """Serves until `close`; `url` and `port` are where."""
+    """Serves until `close`; `url` and `port` are where.
 
-    def __init__(self) -> None:
+    Args:
+        certificate: A PEM file with certificate and key: speak TLS.
+    """
+
+    def __init__(self, certificate: Path | None = None) -> None:
         self.client = QdrantClient(":memory:")
-        self.url = "http://127.0.0.1"
+        self.url = "https://127.0.0.1" if certificate else "http://127.0.0.1"
         self._server = grpc.server(ThreadPoolExecutor(4))
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        if certificate is not None:
+            pem = certificate.read_bytes()
+            credentials = grpc.ssl_server_credentials([(pem, pem)])
+            self.port = self._server.add_secure_port("127.0.0.1:0", credentials)
+        else:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        # Requests for new collections.
+        self.created: list[Any] = []
         lock = threading.Lock()
         collections_service_pb2_grpc.add_CollectionsServicer_to_server(
-            _Collections(self.client), self._server
+            _Collections(self.client, self.created), self._server
         )
         points_service_pb2_grpc.add_PointsServicer_to_server(
             _Points(self.client, lock), self._server
@@ -36,14 +48,16 @@ class QdrantGrpcStub:
 
 
 class _Collections(collections_service_pb2_grpc.CollectionsServicer):
-    def __init__(self, client: QdrantClient) -> None:
+    def __init__(self, client: QdrantClient, created: list[Any]) -> None:
         self.client = client
+        self.created = created
 
     def CollectionExists(self, request: Any, context: Any) -> Any:
         exists = self.client.collection_exists(request.collection_name)
         return messages.CollectionExistsResponse(result=messages.CollectionExists(exists=exists))
 
     def Create(self, request: Any, context: Any) -> Any:
+        self.created.append(request)
         self.client.create_collection(
             request.collection_name,
             GrpcToRest.convert_vectors_config(request.vectors_config),
@@ -124,6 +138,7 @@ class _Points(points_service_pb2_grpc.PointsServicer):
                 limit=request.limit,
                 offset=offset,
                 with_payload=GrpcToRest.convert_with_payload_interface(request.with_payload),
+                with_vectors=request.with_vectors.enable,
             )
         return messages.ScrollResponse(
             result=[RestToGrpc.convert_record(each) for each in records],

@@ -6,10 +6,13 @@ request. What it cannot show is how a real server behaves under load or failure.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from qdrant_client import QdrantClient, models
@@ -27,13 +30,18 @@ class Request(NamedTuple):
 
 
 class QdrantStub:
-    """Serves until `close`; `url` is where, `requests` what came in."""
+    """Serves until `close`; `url` is where, `requests` what came in.
 
-    def __init__(self) -> None:
+    Args:
+        certificate: A PEM file with certificate and key: speak TLS.
+    """
+
+    def __init__(self, certificate: Path | None = None) -> None:
         self.client = QdrantClient(":memory:")
         self.requests: list[Request] = []
         # Path ending -> status, for requests that shall fail.
         self.failures: dict[str, int] = {}
+        self.snapshots: dict[str, bytes] = {}
         self._lock = threading.Lock()
         stub = self
 
@@ -47,9 +55,14 @@ class QdrantStub:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        scheme = "https" if certificate else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
         self._server.shutdown()
@@ -64,7 +77,8 @@ class QdrantStub:
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         data = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         path = handler.path.partition("?")[0]
-        body = json.loads(data) if data else None
+        is_json = handler.headers.get("Content-Type", "").startswith("application/json")
+        body = json.loads(data) if data and is_json else data or None
         headers = {name.lower(): value for name, value in handler.headers.items()}
         request = Request(handler.command, path, headers, body, len(data))
         self.requests.append(request)
@@ -74,10 +88,17 @@ class QdrantStub:
         if failure is None:
             try:
                 with self._lock:
-                    result = _answer(self.client, request)
+                    if "/snapshots" in path:
+                        result = self._snapshot(request)
+                    else:
+                        result = _answer(self.client, request)
             except ValueError:  # e.g. the collection exists already
                 failure, result = 409, None
-            answer = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
+            answer = (
+                result
+                if isinstance(result, bytes)
+                else json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
+            )
         else:
             answer = json.dumps({"status": {"error": "refused by the test"}}).encode()
         handler.send_response(failure or 200)
@@ -85,6 +106,36 @@ class QdrantStub:
         handler.send_header("Content-Length", str(len(answer)))
         handler.end_headers()
         handler.wfile.write(answer)
+
+    def _snapshot(self, request: Request) -> object:
+        """Keep points and settings as JSON, in place of a server's own format."""
+        _, _, collection, _, *rest = request.path.split("/")
+        if request.method == "POST" and not rest:
+            points, _ = self.client.scroll(collection, limit=10**6, with_vectors=True)
+            data = json.dumps(
+                {
+                    "config": self.client.get_collection(collection).model_dump(mode="json"),
+                    "points": [point.model_dump(mode="json") for point in points],
+                }
+            ).encode()
+            self.snapshots["all.snapshot"] = data
+            checksum = hashlib.sha256(data).hexdigest()
+            return {"name": "all.snapshot", "size": len(data), "checksum": checksum}
+        if request.method == "GET":
+            return self.snapshots[rest[0]]
+        if request.method == "DELETE":
+            return bool(self.snapshots.pop(rest[0]))
+        # An upload of one file: the part of the body that is JSON.
+        start, end = request.body.index(b"{"), request.body.rindex(b"}") + 1
+        kept = json.loads(request.body[start:end])
+        config = models.CollectionInfo(**kept["config"]).config
+        if self.client.collection_exists(collection):
+            self.client.delete_collection(collection)
+        self.client.create_collection(collection, config.params.vectors, metadata=config.metadata)
+        points = [models.PointStruct(**{k: p[k] for k in ("id", "vector", "payload")})
+                  for p in kept["points"]]  # fmt: skip
+        self.client.upsert(collection, points)
+        return True
 
 
 def _answer(client: QdrantClient, request: Request) -> object:
@@ -148,6 +199,7 @@ def _scroll(client: QdrantClient, name: str, wanted: models.ScrollRequest) -> ob
         limit=wanted.limit or 10,
         offset=wanted.offset,
         with_payload=wanted.with_payload or True,
+        with_vectors=wanted.with_vector or False,
     )
     return {
         "points": [each.model_dump(mode="json") for each in records],
