@@ -109,6 +109,24 @@ class AddReport:
     seconds: float
     errors: list[AddError]
 
+    @property
+    def chunks_per_second(self) -> float:
+        """Chunks compressed and stored each second."""
+        return self.chunks_added / max(self.seconds, 1e-9)
+
+    def cost_per_million(self, price_per_hour: float) -> float:
+        """Return what a million chunks cost at this speed.
+
+        Args:
+            price_per_hour: Of all machines that worked, in any currency.
+
+        Raises:
+            ValueError: No chunk was added, so there is no speed.
+        """
+        if not self.chunks_added:
+            raise ValueError("No chunk was compressed, so there is no speed to go by.")
+        return price_per_hour * 1_000_000 / self.chunks_per_second / 3600
+
 
 class AnswerStream(Iterator[str]):
     """An answer in pieces of text; `answer` has the whole once they are read.

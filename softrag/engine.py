@@ -103,7 +103,9 @@ class SoftRAG:
         *,
         store: MemoryStore | str | Path = ":memory:",
         embedder: Embedder | None = None,
+        collection: str = "softrag",
         codec: str | None = None,
+        prefer_grpc: bool = False,
         device: torch.device | str | None = None,
         load_decoder: bool = True,
         load_compressor: bool = True,
@@ -120,8 +122,10 @@ class SoftRAG:
             checkpoint: A folder or hub name, as `SoftRAGModel.from_pretrained` takes it.
             store: An open store, a folder, a Qdrant URL, or ":memory:".
             embedder: None for the default one.
+            collection: Of the store, when it is opened here.
             codec: How the store keeps memories (`softrag.codec.CODECS`); None for its own, and
                 "bf16" for a new one.
+            prefer_grpc: Talk gRPC instead of HTTP to a Qdrant server, when it is opened here.
             device: Where the model runs; None chooses.
             load_decoder: False to add and retrieve only.
             load_compressor: False to answer from stored memories only.
@@ -157,6 +161,8 @@ class SoftRAG:
         if not isinstance(store, MemoryStore):
             store = MemoryStore.open(
                 store,
+                collection=collection,
+                prefer_grpc=prefer_grpc,
                 fingerprint=model.fingerprint,
                 embedder=embedder.name,
                 dimension=embedder.dimension,

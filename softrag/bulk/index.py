@@ -45,19 +45,6 @@ class BulkReport(AddReport):
     restarts: int
     sources_pruned: int
 
-    @property
-    def chunks_per_second(self) -> float:
-        """Chunks compressed and stored each second, by all workers together."""
-        return self.chunks_added / max(self.seconds, 1e-9)
-
-    def cost_per_million(self, price_per_hour: float) -> float:
-        """Return what a million chunks cost at this speed.
-
-        Args:
-            price_per_hour: Of all that worked, in any currency.
-        """
-        return price_per_hour * 1_000_000 / max(self.chunks_per_second, 1e-9) / 3600
-
 
 def index_files(
     paths: Sequence[str | Path],

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softrag.cli import ask, chat, demo, evaluate, export, index, info, serve
+from softrag.cli import ask, chat, demo, evaluate, export, index, info, serve, store
 from softrag.errors import SoftRAGError
 
 
@@ -51,6 +51,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
+app.add_typer(store.store, name="store")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Collection,
     Decoder,
     Device,
     Fallback,
@@ -29,6 +30,7 @@ def ask(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    collection: Collection = "softrag",
     decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
@@ -49,7 +51,9 @@ def ask(
 
     wanted = parse_where(where or [])
     console = Console()
-    with load_engine(model, store, device=device, decoder=decoder, fallback=fallback) as engine:
+    with load_engine(
+        model, store, device=device, collection=collection, decoder=decoder, fallback=fallback
+    ) as engine:
         stream = engine.stream(
             question,
             k=top_k,

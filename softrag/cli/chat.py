@@ -11,6 +11,7 @@ from rich.console import Console
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Collection,
     Decoder,
     Device,
     Fallback,
@@ -36,6 +37,7 @@ def chat(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    collection: Collection = "softrag",
     decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
@@ -52,7 +54,9 @@ def chat(
 
     console = Console()
     sources: list[Hit] = []
-    with load_engine(model, store, device=device, decoder=decoder, fallback=fallback) as engine:
+    with load_engine(
+        model, store, device=device, collection=collection, decoder=decoder, fallback=fallback
+    ) as engine:
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)
         for line in _lines(console):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
 
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Codec,
+    Collection,
     Device,
+    Grpc,
     Json,
     Model,
     Store,
@@ -23,6 +35,8 @@ from softrag.cli.options import (
 
 if TYPE_CHECKING:
     from softrag.answer import AddReport
+    from softrag.bulk import BulkReport, WorkerSetup
+    from softrag.bulk import Progress as BulkProgress
     from softrag.documents import Document
     from softrag.engine import SoftRAG
 
@@ -35,14 +49,30 @@ def index(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
-    codec: Annotated[
-        Literal["bf16", "fp16", "int8", "fp8", "int4"] | None,
-        typer.Option(help="How a new store keeps memories; bf16 unless given."),
-    ] = None,
+    collection: Collection = "softrag",
+    codec: Codec = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest chunk in tokens; 128 unless given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Chunks stored at a time.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Chunks stored at a time; 64 unless given (512 on several GPUs)."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that compress: one for each GPU unless given. On a CPU each has one "
+            "thread. Under torchrun or accelerate launch, their processes are the workers.",
+        ),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete from the store files that no longer exist.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the machine: shows what chunks cost.")
+    ] = None,
+    grpc: Grpc = False,
     json: Json = False,
 ) -> None:
     """Compress documents into the store.
@@ -50,30 +80,77 @@ def index(
     Run it again after changes: what is stored already is not compressed again, and chunks that are
     no longer in a file are deleted. Stopped at any point, it continues where it was.
     """
+    from softrag.bulk import BulkReport, StoreAddress, WorkerSetup, prune_vanished
     from softrag.cli.show import print_json, report_values
 
-    with load_engine(
-        model,
-        store,
-        device=device,
-        codec=codec,
-        load_decoder=False,
-        chunk_tokens=chunk_tokens,
-        create=True,
-    ) as engine:
-        report = add_files(engine, paths, batch_size=batch_size, quiet=json)
+    report: BulkReport | None
+    address = StoreAddress(location=store, collection=collection, codec=codec, prefer_grpc=grpc)
+    workers = workers or _default_workers(device)
+    if workers > 1 or "WORLD_SIZE" in os.environ:
+        setup = WorkerSetup(
+            checkpoint=model,
+            store=address,
+            device=device,
+            threads=1,
+            chunk_tokens=chunk_tokens,
+            batch_size=batch_size,
+        )
+        report = index_with_workers(paths, setup=setup, workers=workers, prune=prune, quiet=json)
+        if report is None:
+            return  # the first process of the launcher reports for all
+    else:
+        with load_engine(
+            model,
+            store,
+            device=device,
+            collection=collection,
+            codec=codec,
+            prefer_grpc=grpc,
+            load_decoder=False,
+            chunk_tokens=chunk_tokens,
+            create=True,
+        ) as engine:
+            sources: set[str] = set()
+            added = add_files(
+                engine, paths, batch_size=batch_size or 64, quiet=json, sources=sources
+            )
+            pruned = []
+            if prune:
+                pruned = prune_vanished(
+                    engine.store, paths, read=sources, documents=added.documents
+                )
+        report = BulkReport(**vars(added), workers=1, restarts=0, sources_pruned=len(pruned))
+    values = report_values(report)
+    if report.chunks_added:
+        values["chunks_per_second"] = report.chunks_per_second
+        if price_per_hour is not None:
+            values["cost_per_million_chunks"] = report.cost_per_million(price_per_hour)
     if json:
-        print_json(report_values(report))
+        print_json(values)
     else:
         print_report(report, store)
+        print_work(report, price_per_hour)
     if not report.documents:
         raise typer.Exit(1)
 
 
 def add_files(
-    engine: SoftRAG, paths: list[Path], *, batch_size: int = 64, quiet: bool = False
+    engine: SoftRAG,
+    paths: list[Path],
+    *,
+    batch_size: int = 64,
+    quiet: bool = False,
+    sources: set[str] | None = None,
 ) -> AddReport:
-    """Add files and folders, with a progress bar on a terminal; unreadable files go to `errors`."""
+    """Add files and folders, with a progress bar on a terminal.
+
+    Args:
+        engine: Where to.
+        paths: Files and folders; what cannot be read goes to the report's `errors`.
+        batch_size: Chunks stored at a time.
+        quiet: Show no bar.
+        sources: Gets the sources that were read.
+    """
     from softrag.answer import AddError
     from softrag.files import read_files
 
@@ -86,7 +163,7 @@ def add_files(
         TimeElapsedColumn(),
         TextColumn("[dim]{task.description}"),
     )
-    with Progress(
+    with Bar(
         *columns, console=console, disable=quiet or not console.is_terminal, transient=True
     ) as progress:
         task = progress.add_task("", total=None, speed="")
@@ -97,6 +174,8 @@ def add_files(
                     unreadable.append(AddError(source=str(result.path), message=str(result.error)))
                 progress.update(task, description=result.path.name)
                 for document in result.documents:
+                    if sources is not None and document.source is not None:
+                        sources.add(document.source)
                     yield document
                     # Back here, the document before is split, and full batches are stored.
                     done = progress.tasks[0]
@@ -105,6 +184,61 @@ def add_files(
 
         report = engine.add(documents(), batch_size=batch_size)
     return replace(report, errors=[*unreadable, *report.errors])
+
+
+def index_with_workers(
+    paths: list[Path], *, setup: WorkerSetup, workers: int, prune: bool, quiet: bool
+) -> BulkReport | None:
+    """Index with several processes, with one progress bar for all of them on a terminal."""
+    from softrag.bulk import index_files
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(
+        *columns, console=console, disable=quiet or not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("", total=None, speed="loading the model")
+
+        def show(now: BulkProgress, total: int) -> None:
+            speed = (
+                f"{now.documents} documents, {now.chunks / max(now.seconds, 1e-3):.0f} chunks/s, "
+                f"{now.workers} workers"
+            )
+            bar.update(task, total=total, completed=now.nbytes, speed=speed)
+
+        return index_files(paths, setup=setup, workers=workers, prune=prune, on_progress=show)
+
+
+def print_work(report: BulkReport, price_per_hour: float | None) -> None:
+    """Print who worked, and what a million chunks take and cost."""
+    parts = []
+    if report.workers > 1:
+        parts.append(f"{report.workers} workers")
+    if report.restarts:
+        parts.append(f"{report.restarts} died and were replaced")
+    if report.sources_pruned:
+        parts.append(f"{report.sources_pruned} files that no longer exist deleted")
+    if report.chunks_added:
+        hours = 1_000_000 / report.chunks_per_second / 3600
+        million = f"a million chunks take {hours:.2f} hours"
+        if price_per_hour is not None:
+            cost = report.cost_per_million(price_per_hour)
+            million += f" and cost {cost:.2f} at {price_per_hour:g} an hour"
+        if report.workers > 1 or price_per_hour is not None:
+            parts.append(million)
+    if parts:
+        Console().print("; ".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+
+def _default_workers(device: str | None) -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device is None else 1
 
 
 def print_report(report: AddReport, store: str) -> None:

@@ -44,6 +44,16 @@ Decoder = Annotated[
         help="What writes answers: torch, the URL of a vLLM server, or vllm in this process.",
     ),
 ]
+Collection = Annotated[
+    str, typer.Option(envvar="SOFTRAG_COLLECTION", help="Qdrant collection in the store.")
+]
+Codec = Annotated[
+    Literal["bf16", "fp16", "int8", "fp8", "int4"] | None,
+    typer.Option(help="How a new store keeps memories; bf16 unless given."),
+]
+Grpc = Annotated[
+    bool, typer.Option("--grpc", envvar="SOFTRAG_GRPC", help="Talk gRPC to a Qdrant server.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many chunks to answer from.")]
 ModeName = Annotated[
@@ -69,7 +79,9 @@ def load_engine(
     *,
     device: str | None,
     decoder: str = "torch",
+    collection: str = "softrag",
     codec: str | None = None,
+    prefer_grpc: bool = False,
     load_decoder: bool = True,
     chunk_tokens: int | None = None,
     create: bool = False,
@@ -82,7 +94,9 @@ def load_engine(
         store: Folder or URL.
         device: As the option.
         decoder: As the option.
+        collection: Of the store.
         codec: Of a new store.
+        prefer_grpc: Talk gRPC to a server.
         load_decoder: False to index only.
         chunk_tokens: Longest chunk.
         create: Whether a store folder that does not exist is made.
@@ -104,7 +118,9 @@ def load_engine(
         store=store,
         device=device,
         decoder=decoder,
+        collection=collection,
         codec=codec,
+        prefer_grpc=prefer_grpc,
         load_decoder=load_decoder,
         chunk_tokens=chunk_tokens,
         fallback=fallback,
