@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from softrag.adapters import is_adapted, is_lora_weight, merged_weight
 from softrag.base_models import build_once, cache_folder, quiet_loading
-from softrag.checkpoint import locate
+from softrag.checkpoint import locate, read_config
 from softrag.errors import CheckpointError
 from softrag.model import SoftRAGModel
 from softrag.prompt import RagPrompt
+
+SERVED_PREFIX = "softrag-decoder-"
+"""Begins the names that `served_name` gives."""
 
 # Relative error of logits that rounding alone explains. In half precision the merged sum is rounded
 # once more than base and adapter apart.
@@ -102,6 +106,24 @@ def cached_export(
         export_decoder(model, folder, dtype=dtype)
 
     return build_once(cache_folder() / f"decoder-{digest.hexdigest()}", export)
+
+
+def served_name(checkpoint: str | Path) -> str:
+    """Return a name to serve a checkpoint's exported decoder by, of what was trained in it.
+
+    A client that knows the checkpoint then notices when it asks another one's decoder.
+    """
+    source = locate(checkpoint)
+    values = read_config(source).decoder_config
+    digest = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8)
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                if name.startswith("decoder."):
+                    digest.update(name.encode())
+                    raw = tensors.get_tensor(name).contiguous().flatten().view(torch.uint8)
+                    digest.update(raw.numpy().tobytes())
+    return f"{SERVED_PREFIX}{digest.hexdigest()}"
 
 
 def _merged_state(decoder: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:  # noqa: ANN401

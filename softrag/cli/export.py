@@ -23,14 +23,16 @@ def export(
     import torch
 
     from softrag.cli.show import print_json
-    from softrag.export import export_decoder
+    from softrag.export import export_decoder, served_name
     from softrag.model import SoftRAGModel
 
     hush_transformers()
     wanted = getattr(torch, dtype)
     loaded = SoftRAGModel.from_pretrained(model, load_compressor=False, dtype=wanted, device="cpu")
     written = export_decoder(loaded, folder, dtype=wanted)
-    command = f"vllm serve {written} --enable-prompt-embeds"
+    command = (
+        f"vllm serve {written} --served-model-name {served_name(model)} --enable-prompt-embeds"
+    )
     if json:
         print_json({"folder": str(written), "dtype": dtype, "command": command})
         return

@@ -21,7 +21,7 @@ from softrag.decoder.base import DecodeRequest, DecodeResult
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.prompts import BuiltPrompt, PromptBuilder
 from softrag.errors import DecoderError
-from softrag.export import cached_export
+from softrag.export import cached_export, served_name
 from softrag.memory import Memory
 
 # Tokens per message of an answer that nobody reads as it comes: each message costs the server and
@@ -127,7 +127,8 @@ class VLLMDecoder:
         Args:
             checkpoint: The checkpoint whose memories are read.
             url: Such as `http://host:8000`.
-            model: As the server calls it; None when it serves one model only.
+            model: As the server calls it; None when it serves one model only, or under the name
+                that `softrag export` gives.
             api_key: Of the server.
             base_model: Where the token embeddings are: the exported decoder or its base model;
                 None for the base model that the checkpoint names.
@@ -146,9 +147,16 @@ class VLLMDecoder:
         from softrag.decoder.vllm_server import EmbeddingsEngine, VLLMServer
 
         prompts = PromptBuilder.from_pretrained(checkpoint, canonical_order=canonical_order)
-        server = VLLMServer(url, model=model, api_key=api_key, timeout_s=timeout_s, retries=retries)
+        server = VLLMServer(
+            url,
+            decoder=served_name(checkpoint),
+            model=model,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            retries=retries,
+        )
         engine: Engine = (
-            HashesEngine(server, memory_id=prompts.prompt.memory_id)
+            HashesEngine(server, memory_ids=prompts.prompt.memory_ids)
             if send_once
             else EmbeddingsEngine(server, prompts.load_embeddings(base_model))
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -33,15 +33,15 @@ class HashesEngine:
 
     Args:
         server: Started with the plugin (`integrations/vllm_softrag`).
-        memory_id: Token id of `<MEM>` in prompts.
+        memory_ids: Token ids of the memory tokens in prompts.
 
     Raises:
         MissingExtraError: msgpack is not installed.
     """
 
-    def __init__(self, server: VLLMServer, *, memory_id: int) -> None:
+    def __init__(self, server: VLLMServer, *, memory_ids: Sequence[int]) -> None:
         self.server = server
-        self._memory_id = memory_id
+        self._memory_ids = frozenset(memory_ids)
         self._msgpack = load_extra("msgpack", extra="vllm-client", purpose="Sending memories once")
         self._known: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
@@ -81,7 +81,7 @@ class HashesEngine:
         ids = built.input_ids
         body: dict[str, Any] = {
             "model": self.server.served().model,
-            "token_ids": [_FILLER_ID if each == self._memory_id else each for each in ids],
+            "token_ids": [_FILLER_ID if each in self._memory_ids else each for each in ids],
             "sampling_params": sampling,
             "stream": True,
         }
@@ -107,7 +107,7 @@ class HashesEngine:
 
     def _places(self, built: BuiltPrompt) -> list[dict[str, int]]:
         """Return where each memory's soft tokens stand."""
-        at_memory = [i for i, each in enumerate(built.input_ids) if each == self._memory_id]
+        at_memory = [i for i, each in enumerate(built.input_ids) if each in self._memory_ids]
         places, start = [], 0
         for memory in built.memories:
             # The soft tokens of one memory stand together; two memories may, too.

@@ -20,6 +20,7 @@ import torch
 from softrag.decoder.prompts import BuiltPrompt, PromptEmbeddings
 from softrag.decoder.vllm import Piece
 from softrag.errors import DecoderError
+from softrag.export import SERVED_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class VLLMServer:
 
     Args:
         url: Such as `http://host:8000`.
-        model: As the server calls it; None when it serves one model only.
+        model: As the server calls it; None when it serves one model only, or this one.
+        decoder: What `softrag.export.served_name` calls the model that is meant.
         api_key: Of the server.
         timeout_s: Longest silence of the server.
         retries: How often a request is sent again when the server is not there or busy, waiting
@@ -65,6 +67,7 @@ class VLLMServer:
         self,
         url: str,
         *,
+        decoder: str,
         model: str | None = None,
         api_key: str | None = None,
         timeout_s: float = 60.0,
@@ -74,6 +77,7 @@ class VLLMServer:
             raise ValueError(f"url must start with http:// or https://, found {url!r}.")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._model = model
+        self._decoder = decoder
         self._timeout_s = timeout_s
         self._retries = retries
         self._served: _Served | None = None
@@ -156,16 +160,24 @@ class VLLMServer:
                 f"{self.url}/v1/models did not answer as a vLLM server does. Check the URL."
             ) from error
         names = list(models)
-        if self._model is None and len(names) != 1:
+        name = self._model or (self._decoder if self._decoder in models else None)
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name is None:
             raise DecoderError(
                 f"The vLLM server at {self.url} serves {_listed(names)}; say which is the "
                 "checkpoint's exported decoder (model=…)."
             )
-        name = self._model or names[0]
         if name not in models:
             raise DecoderError(
                 f"The vLLM server at {self.url} serves {_listed(names)}, but no model {name!r}. "
                 "Start it with --served-model-name, or name the model it serves (model=…)."
+            )
+        if name.startswith(SERVED_PREFIX) and name != self._decoder:
+            raise DecoderError(
+                f"The vLLM server at {self.url} serves {name!r}, the decoder of another "
+                f"checkpoint; this one's is {self._decoder!r}. Export it and serve that one, or "
+                "load the checkpoint that the server is for."
             )
         return _Served(name, models[name].get("max_model_len"))
 

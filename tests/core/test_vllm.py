@@ -29,6 +29,7 @@ from softrag.errors import (
     MemoryMismatchError,
     NonFiniteMemoryError,
 )
+from softrag.export import served_name
 from softrag.model import SoftRAGModel
 from tests.checkpoints import build_checkpoint, build_model
 from tests.core.vllm_stub import VLLMStub
@@ -152,7 +153,7 @@ def test_the_models_own_end_is_no_text(decoder, server, in_process, memories, mo
     decoder.generate([request])
     third = server.written[2]
     monkeypatch.setattr(decoder, "_end_ids", [third])
-    monkeypatch.setattr(in_process, "_end_ids", {third})
+    monkeypatch.setattr(in_process._engine, "_end_ids", {third})
 
     result = decoder.generate([request])[0]
 
@@ -385,6 +386,16 @@ def test_the_served_model_is_found_or_named(server, memories):
     assert ask(model="other", api_key="secret") == 2
 
 
+def test_a_server_of_another_checkpoints_decoder_is_noticed(server, decoder):
+    server.models = [served_name(build_checkpoint(seed=1))]
+    assert "serves 'softrag-decoder-" in refusal(decoder)
+    assert server.requests == []
+
+    server.models.append(served_name(build_checkpoint()))
+    decoder.generate([DecodeRequest(question="Why?", max_new_tokens=2)])
+    assert server.requests[0]["model"] == server.models[1] != server.models[0]
+
+
 def test_what_is_no_vllm_server_is_said():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -536,7 +547,10 @@ def test_the_command_exports_the_decoder_and_asks_a_server(
     exported = AutoModelForCausalLM.from_pretrained(shown["folder"], dtype="auto")
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(exported(ids).logits, in_process.model.decoder(ids).logits)
-    assert shown["command"] == f"vllm serve {shown['folder']} --enable-prompt-embeds"
+    assert shown["command"] == (
+        f"vllm serve {shown['folder']} --served-model-name {served_name(build_checkpoint())} "
+        "--enable-prompt-embeds"
+    )
     assert "vllm serve" in run("export", tmp_path / "decoder")
 
     (tmp_path / "note.txt").write_text(SENTENCES[2])
