@@ -162,7 +162,9 @@ class DocumentPrompt:
     ) -> list[DocumentRow]:
         """Lay out documents as `render` does, on all cores where the tokenizer can."""
         # As a string with its prompt, or else apart from it.
-        read = documents if self._verbatim is not None else self.tokenize_many(documents)
+        read: Sequence[str | list[int]] = (
+            documents if self._verbatim is not None else self.tokenize_many(documents)
+        )
         return [self.render(text, asked) for text, asked in zip(read, questions, strict=True)]
 
     def render(self, document: str | Sequence[int], question: str | None = None) -> DocumentRow:

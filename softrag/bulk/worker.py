@@ -63,6 +63,7 @@ class WorkerSetup:
         embedder: Makes the embedder, given its device.
         chunk_tokens: Longest chunk, as of `SoftRAG`.
         batch_size: Chunks compressed and stored together; None for 64 on a CPU, 512 on a GPU.
+        rate: Document tokens per soft token, as of `SoftRAG.from_pretrained`.
     """
 
     checkpoint: str
@@ -73,6 +74,7 @@ class WorkerSetup:
     embedder: Callable[[str], Embedder] = default_embedder
     chunk_tokens: int | None = None
     batch_size: int | None = None
+    rate: int | None = None
 
     def device_of(self, worker: int) -> str:
         """Return the device of a worker, counted from 0 on its machine."""
@@ -143,7 +145,11 @@ def load_indexer(
     embedder = setup.embedder(device)
     compressor = Compressor(
         SoftRAGModel.from_pretrained(
-            setup.checkpoint, base_model=setup.base_model, load_decoder=False, device=device
+            setup.checkpoint,
+            base_model=setup.base_model,
+            load_decoder=False,
+            device=device,
+            rate=setup.rate,
         )
     )
     store: ChunkSink

@@ -18,6 +18,7 @@ from softrag.cli.options import (
     MaxNewTokens,
     Model,
     ModeName,
+    Rate,
     Store,
     Temperature,
     TopK,
@@ -31,6 +32,7 @@ def ask(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     collection: Collection = "softrag",
+    rate: Rate = None,
     decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
@@ -52,7 +54,13 @@ def ask(
     wanted = parse_where(where or [])
     console = Console()
     with load_engine(
-        model, store, device=device, collection=collection, decoder=decoder, fallback=fallback
+        model,
+        store,
+        device=device,
+        collection=collection,
+        decoder=decoder,
+        fallback=fallback,
+        rate=rate,
     ) as engine:
         stream = engine.stream(
             question,

@@ -19,6 +19,7 @@ from softrag.cli.options import (
     MaxNewTokens,
     Model,
     ModeName,
+    Rate,
     Store,
     TopK,
     load_engine,
@@ -38,6 +39,7 @@ def chat(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     collection: Collection = "softrag",
+    rate: Rate = None,
     decoder: Decoder = "torch",
     top_k: TopK = 5,
     mode: ModeName = "memory",
@@ -55,7 +57,13 @@ def chat(
     console = Console()
     sources: list[Hit] = []
     with load_engine(
-        model, store, device=device, collection=collection, decoder=decoder, fallback=fallback
+        model,
+        store,
+        device=device,
+        collection=collection,
+        decoder=decoder,
+        fallback=fallback,
+        rate=rate,
     ) as engine:
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)

@@ -29,6 +29,7 @@ from softrag.cli.options import (
     Grpc,
     Json,
     Model,
+    Rate,
     Store,
     load_engine,
 )
@@ -51,6 +52,7 @@ def index(
     device: Device = None,
     collection: Collection = "softrag",
     codec: Codec = None,
+    rate: Rate = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest chunk in tokens; 128 unless given.")
     ] = None,
@@ -94,6 +96,7 @@ def index(
             threads=1,
             chunk_tokens=chunk_tokens,
             batch_size=batch_size,
+            rate=rate,
         )
         report = index_with_workers(paths, setup=setup, workers=workers, prune=prune, quiet=json)
         if report is None:
@@ -109,6 +112,7 @@ def index(
             load_decoder=False,
             chunk_tokens=chunk_tokens,
             create=True,
+            rate=rate,
         ) as engine:
             sources: set[str] = set()
             added = add_files(

@@ -37,6 +37,14 @@ Device = Annotated[
     str | None,
     typer.Option(envvar="SOFTRAG_DEVICE", help="Where the model runs, such as cpu or cuda:0."),
 ]
+Rate = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="SOFTRAG_RATE",
+        help="Document tokens per soft token, for checkpoints of several rates.",
+    ),
+]
 Decoder = Annotated[
     str,
     typer.Option(
@@ -86,6 +94,7 @@ def load_engine(
     chunk_tokens: int | None = None,
     create: bool = False,
     fallback: Path | None = None,
+    rate: int | None = None,
 ) -> SoftRAG:
     """Load the engine for a command.
 
@@ -101,6 +110,7 @@ def load_engine(
         chunk_tokens: Longest chunk.
         create: Whether a store folder that does not exist is made.
         fallback: A router's file.
+        rate: As the option.
 
     Raises:
         StoreError: The folder does not exist and `create` is false.
@@ -124,6 +134,7 @@ def load_engine(
         load_decoder=load_decoder,
         chunk_tokens=chunk_tokens,
         fallback=fallback,
+        rate=rate,
     )
 
 

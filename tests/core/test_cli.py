@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from softrag.cli import app
 from tests.chat_server import serve_chat
-from tests.checkpoints import build_checkpoint
+from tests.checkpoints import build_checkpoint, build_model
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
 
@@ -478,3 +478,22 @@ def test_help_does_not_wait_for_the_models_libraries():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert shown.stdout.split() == ["False", "False"]
+
+
+# Rates
+
+
+def test_a_store_is_asked_at_the_rate_it_was_indexed_at(tmp_path, folder):
+    checkpoint = tmp_path / "checkpoint"
+    build_model(rates=[4, 8]).save_pretrained(checkpoint)
+    options = ["--model", checkpoint, "--json", "--store", tmp_path / "store"]
+
+    indexed = run("index", folder, "--rate", 8, *options, store=tmp_path)
+    asked = run("ask", QUESTION, "--rate", 8, *options, store=tmp_path)
+    other = run("ask", QUESTION, *options, store=tmp_path)
+    untrained = run("ask", QUESTION, "--rate", 16, *options, store=tmp_path)
+
+    assert indexed.exit_code == asked.exit_code == 0
+    assert other.exit_code == untrained.exit_code == 1
+    assert "at the same rate" in " ".join(other.stderr.split())
+    assert "trained at 4, 8" in " ".join(untrained.stderr.split())
