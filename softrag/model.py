@@ -402,6 +402,8 @@ class SoftRAGModel(PreTrainedModel):
             model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
         if model.decoder is not None:
             model.decoder.to(decoder_dtype)
+            added = model.auto_encoding_embedding
+            added.data = added.data.to(decoder_dtype)
         model.to(target)  # type: ignore[arg-type]
         if rate is not None and rate != config.rate:
             model._fingerprint = checkpoint.fingerprint_at_rate(model.fingerprint, rate)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softrag.cli import ask, chat, demo, evaluate, export, index, info, serve, store
+from softrag.cli import ask, chat, convert, demo, evaluate, export, index, info, serve, store
 from softrag.errors import SoftRAGError
 
 
@@ -48,6 +48,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("eval")(evaluate.evaluate)
+app.command("convert")(convert.convert)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
