@@ -123,7 +123,7 @@ def test_a_rerank_head_learns_which_document_is_gold(tmp_path: Path) -> None:
     trainer = build_trainer(
         tmp_path,
         model,
-        optimizer={"batch_size": 8, "steps": 40, "rerank_weight": 1.0, **rates},
+        optimizer={"batch_size": 8, "steps": 20, "rerank_weight": 1.0, **rates},
         run={"gradient_checkpointing": True},
     )
     before = score_questions(model.eval(), rows, batch_size=3, max_new_tokens=1)
