@@ -173,7 +173,7 @@ class Bench:
             for part, tensor in model.named_parameters():
                 if "lora_B" in part:
                     tensor.normal_(0, 0.05)
-        texts = random_texts(300, list(range(2, 129)), vocabulary=900)
+        texts = random_texts(model.decoder_tokenizer, 300, range(2, 129))
         requests = []
         for number in range(12):
             mode = ("memory", "text")[number % 2]
@@ -350,7 +350,7 @@ class Bench:
         if self.device.type != "cuda":
             return
         backbone = self.compressor_model._fused_compressor.backbone
-        for tokens in (4096, 8192, 16384, 32768, 65536):
+        for tokens in (2048, 4096, 8192, 16384, 32768):
             rows = tokens // 136
             x = torch.randn(rows * 136, backbone.hidden, device=self.device).to(self.dtype)
             borders = torch.arange(rows + 1, device=self.device, dtype=torch.int32) * 136
@@ -372,8 +372,10 @@ class Bench:
 
     def naive(self) -> None:
         """Measure Hugging Face generate, before the adapters are merged."""
+        # A model of its own, whose adapters stay unmerged.
+        model = build_model(self.options.preset, device=self.device, dtype=self.dtype)
         bench_decode.bench_naive(
-            self.model, self.recorder, self.floors, new_tokens=self.options.new_tokens
+            model, self.recorder, self.floors, new_tokens=self.options.new_tokens
         )
 
     def single(self) -> None:
@@ -428,7 +430,7 @@ class Bench:
                 bench_decode.make_requests(self.model, 64, "memory", max_new_tokens=8)
             ),
             "compress 1024": lambda: Compressor(self.compressor_model).compress(
-                random_texts(1024, 128)
+                random_texts(self.compressor_model.compressor_tokenizer, 1024, 128)
             ),
         }
         for name, work in cases.items():

@@ -223,6 +223,7 @@ def _fused_attention() -> Fused | None:
     # The signature is young: causality was a flag before it was a window (0, in torch 2.10), and
     # grouped heads got a flag in 2.13.
     known = frozenset(inspect.signature(varlen_attn).parameters)
+    groups_heads = "enable_gqa" not in known and _groups_heads(varlen_attn)
 
     def varlen(
         q: torch.Tensor,
@@ -237,7 +238,7 @@ def _fused_attention() -> Fused | None:
         groups = q.shape[1] // k.shape[1]
         if "enable_gqa" in known:
             options["enable_gqa"] = groups > 1
-        elif groups > 1:
+        elif groups > 1 and (torch.is_grad_enabled() or not groups_heads):
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if "window_size" in known:
             options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -254,6 +255,28 @@ def _fused_attention() -> Fused | None:
         return output
 
     return varlen
+
+
+def _groups_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """Try whether a kernel without a flag for grouped heads takes them, in inference, all the same.
+
+    torch 2.11's passes them on to flash attention, which shares key heads by itself.
+    """
+    if not torch.cuda.is_available():
+        return False
+    with torch.no_grad():
+        q, k, v = (
+            torch.randn(8, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)
+        )
+        borders = torch.tensor([0, 8], dtype=torch.int32, device="cuda")
+        try:
+            shared = varlen_attn(q, k, v, borders, borders, 8, 8)
+        except (RuntimeError, ValueError):
+            return False
+        repeated = varlen_attn(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), borders, borders, 8, 8
+        )
+        return torch.allclose(shared, repeated, atol=0.02)
 
 
 def _sequence_by_sequence(

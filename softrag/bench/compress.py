@@ -53,7 +53,7 @@ def bench_compress(
     compressor = Compressor(model, batch_tokens)
     rates = {}
     for kind, sizes in (("128 tokens", 128), ("real lengths", list(lengths))):
-        texts = random_texts(documents, sizes, seed=recorder.seed)
+        texts = random_texts(compressor.prompt.tokenizer, documents, sizes, seed=recorder.seed)
         rows = [compressor.prompt.render(text) for text in texts]
         tokens = sum(len(row.input_ids) for row in rows) / documents
         with peak_memory(recorder.device) as peak:
@@ -84,7 +84,7 @@ def bench_naive_compress(
     language_model.lm_head.weight = compressor.get_input_embeddings().weight
     language_model.eval()
     prompt = Compressor(model).prompt
-    texts = random_texts(documents, 128, seed=recorder.seed)
+    texts = random_texts(prompt.tokenizer, documents, 128, seed=recorder.seed)
     length = len(prompt.render(texts[0]).input_ids)
 
     def run() -> None:

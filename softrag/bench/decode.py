@@ -42,11 +42,13 @@ def make_requests(
     width = decoder.config.hidden_size
     n_soft = -(-DOCUMENT_TOKENS // model.config.rate)
     requests = []
-    questions = random_texts(count, QUESTION_TOKENS, seed=seed)
+    tokenizer = model.decoder_tokenizer
+    assert tokenizer is not None
+    questions = random_texts(tokenizer, count, QUESTION_TOKENS, seed=seed)
     for number, question in enumerate(questions):
         read: Sequence[Memory | str]
         if mode == "text":
-            read = random_texts(documents, DOCUMENT_TOKENS, seed=seed + number + 1)
+            read = random_texts(tokenizer, documents, DOCUMENT_TOKENS, seed=seed + number + 1)
         else:
             read = [
                 Memory(
@@ -158,11 +160,18 @@ def generate_naively(
 
 
 def bench_single(
-    decoder: TorchDecoder, recorder: Recorder, floors: Floors, *, new_tokens: int = 64
+    decoder: TorchDecoder,
+    recorder: Recorder,
+    floors: Floors,
+    *,
+    documents: int = DOCUMENTS,
+    new_tokens: int = 64,
 ) -> None:
     """Measure one request at a time: to the first token, and per token after it."""
     for mode in ("memory", "text"):
-        requests = make_requests(decoder.model, 8, mode, max_new_tokens=new_tokens)
+        requests = make_requests(
+            decoder.model, 8, mode, documents=documents, max_new_tokens=new_tokens
+        )
         tokens = decoder.prompt_tokens(requests[0].question, requests[0].documents)
         firsts, steps = [], []
         for turn, request in enumerate(requests):
@@ -173,12 +182,13 @@ def bench_single(
             if turn >= 2:
                 firsts.append(times[0])
                 steps.append((times[-1] - times[0]) / (len(times) - 1))
+        name = f"{mode}, {documents} documents, batch 1"
+        recorder.add(f"{name}: prompt", tokens, "tokens")
         recorder.add(
-            f"{mode}, batch 1: first token ({tokens} in the prompt)",
-            statistics.median(firsts), "s", floors.prefill(1, tokens),
-        )  # fmt: skip
+            f"{name}: first token", statistics.median(firsts), "s", floors.prefill(1, tokens)
+        )
         recorder.add(
-            f"{mode}, batch 1: each further token", statistics.median(steps), "s",
+            f"{name}: each further token", statistics.median(steps), "s",
             floors.step(1, tokens + new_tokens / 2),
         )  # fmt: skip
 
@@ -202,19 +212,17 @@ def bench_batch(
                 partial(decoder.generate, requests), recorder.device,
                 repeat=repeat, warmup=2,
             )  # fmt: skip
-        recorder.add(
-            f"{mode}, batch {batch}: {new_tokens} tokens each", seconds[mode], "s",
-            floors.answers(batch, tokens, new_tokens),
-        )  # fmt: skip
+        floor = floors.answers(batch, tokens, new_tokens)
+        name = f"{mode}, {DOCUMENTS} documents, batch {batch}"
+        recorder.add(f"{name}: {new_tokens} tokens each", seconds[mode], "s", floor)
+        recorder.add(f"{name}: answers", batch / seconds[mode], "answers/s", batch / floor)
         short = [replace(request, max_new_tokens=1) for request in requests]
         first = median_seconds(
             partial(decoder.generate, short), recorder.device, repeat=repeat, warmup=1
         )
-        recorder.add(
-            f"{mode}, batch {batch}: first token", first, "s", floors.prefill(batch, tokens)
-        )
+        recorder.add(f"{name}: first token", first, "s", floors.prefill(batch, tokens))
         if peak():
-            recorder.add(f"{mode}, batch {batch}: peak GPU memory", peak() / 2**30, "GiB")
+            recorder.add(f"{name}: peak GPU memory", peak() / 2**30, "GiB")
     recorder.add(f"batch {batch}: text over memory", seconds["text"] / seconds["memory"], "times")
 
 

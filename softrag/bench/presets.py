@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from softrag.config import SoftRAGConfig
 from softrag.model import SoftRAGModel
@@ -75,6 +82,12 @@ PRESETS = {
 }
 """Decoder and compressor shapes by name."""
 
+WORDS = (
+    "the of and to in a is that for it as was with be by on not he his but at are this have from "
+    "river mountain city king letter music history science water bridge island winter summer war "
+    "peace book author player team school church castle road railway ship 1848 1912 1969 12 7"
+).split()
+
 TEMPLATE = (
     "{%- for message in messages -%}<turn> {{ message['content'] }} {% endfor -%}"
     "{%- if add_generation_prompt -%}<turn> {% endif -%}"
@@ -132,12 +145,26 @@ def build_model(
 
 
 def random_texts(
-    count: int, lengths: int | list[int], *, vocabulary: int = 2000, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, count: int, lengths: int | Sequence[int], *, seed: int = 0
 ) -> list[str]:
-    """Return texts of exactly so many tokens each of a preset's tokenizer."""
+    """Return texts of so many tokens each; exactly so for a preset's tokenizer.
+
+    Args:
+        tokenizer: Whose tokens count.
+        count: Of texts.
+        lengths: One length for all, or lengths to draw from.
+        seed: Of words and lengths.
+    """
     chance = random.Random(seed)
     sizes = [lengths] * count if isinstance(lengths, int) else chance.choices(lengths, k=count)
-    return [" ".join(f"w{chance.randrange(vocabulary)}" for _ in range(size)) for size in sizes]
+    if "w0" in tokenizer.get_vocab():
+        return [" ".join(f"w{chance.randrange(900)}" for _ in range(size)) for size in sizes]
+    texts = []
+    for size in sizes:
+        words = " ".join(chance.choices(WORDS, k=size))
+        ids = tokenizer.encode(words, add_special_tokens=False)[:size]
+        texts.append(str(tokenizer.decode(ids)))
+    return texts
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

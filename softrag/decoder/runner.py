@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from softrag.decoder.cache import PAGE, PagePool, pages_for
+from softrag.decoder.resident import ResidentMemories
 from softrag.decoder.sampling import choose, log_probabilities
 from softrag.fused import FusedBackbone
 from softrag.fused.graphs import GraphSet
-from softrag.packing import can_capture
+from softrag.memory import Memory
+from softrag.packing import can_capture, send
 
 LARGEST_CAPTURED = 2048
 """Prompt tokens of the largest pass that is captured; larger ones keep the device busy anyway."""
@@ -29,7 +31,7 @@ class NewRow(NamedTuple):
     Attributes:
         input_ids: Of the prompt; any id at soft tokens.
         at_memory: Where its soft tokens stand.
-        soft_tokens: One `(memory, hidden)` tensor per memory, in order.
+        memories: What stands there, in order.
         pages: Enough for the prompt and its answer.
         temperature: Of sampling; 0.0 takes the likeliest token.
         seed: Of sampling.
@@ -38,7 +40,7 @@ class NewRow(NamedTuple):
 
     input_ids: Sequence[int]
     at_memory: Sequence[int]
-    soft_tokens: Sequence[torch.Tensor]
+    memories: Sequence[Memory]
     pages: Sequence[int]
     temperature: float
     seed: int
@@ -89,6 +91,7 @@ class StepRunner:
         head: The decoder's output layer.
         batch_size: Most rows.
         cache_tokens: Tokens whose keys and values are kept.
+        memory_bytes: Of hot memories that stay on the device.
         capture: Whether passes become CUDA graphs.
     """
 
@@ -100,6 +103,7 @@ class StepRunner:
         *,
         batch_size: int,
         cache_tokens: int,
+        memory_bytes: int,
         capture: bool,
     ) -> None:
         self.backbone = backbone
@@ -112,6 +116,9 @@ class StepRunner:
             pages=pages_for(cache_tokens),
             dtype=backbone.dtype,
             device=backbone.device,
+        )
+        self._resident = ResidentMemories(
+            memory_bytes, hidden=backbone.hidden, dtype=backbone.dtype, device=backbone.device
         )
         self._embeddings = embeddings
         self._head = head
@@ -160,8 +167,8 @@ class StepRunner:
         running = self.rows
         prompt = self._stage(new) if new else None
         sampling = any(self._sampling) or any(row.temperature for row in new)
-        places = _bucket(running, self.batch_size) if self._graphs else running
-        if self._graphs and (prompt is None or prompt.captured):
+        places = _bucket(running, self.batch_size) if self._graphs is not None else running
+        if self._graphs is not None and (prompt is None or prompt.captured):
             key = (places, prompt.shape if prompt else None, sampling)
             out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling))
         else:
@@ -270,11 +277,8 @@ class StepRunner:
         part = dict(zip(fields, sent.split([len(v) for v in fields.values()]), strict=True))
         embeddings = self._embeddings(part["ids"])
         if at_memory:
-            soft = torch.cat([values for row in new for values in row.soft_tokens])
-            if embeddings.is_cuda and not soft.is_cuda:
-                soft = soft.pin_memory()
-            soft = soft.to(embeddings.device, embeddings.dtype, non_blocking=True)
-            embeddings.index_copy_(0, part["at_memory"], soft)
+            soft_tokens = self._resident.gather([memory for row in new for memory in row.memories])
+            embeddings.index_copy_(0, part["at_memory"], soft_tokens)
         temperature = torch.tensor([row.temperature for row in new] + [0.0] * spare)
         prompt = _Prompt(
             embeddings=embeddings,
@@ -284,7 +288,7 @@ class StepRunner:
             last=part["last"],
             lengths=part["lengths"],
             seeds=part["seeds"],
-            temperature=temperature.to(embeddings.device),
+            temperature=send(temperature, embeddings.device),
             longest=width if captured else max(lengths),
             captured=captured,
         )
@@ -357,10 +361,7 @@ class _PromptBuffers:
 
 def _to_device(numbers: list, backbone: FusedBackbone) -> torch.Tensor:
     """Send whole numbers to the device without waiting for it."""
-    tensor = torch.tensor(numbers, dtype=torch.long)
-    if backbone.device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(backbone.device, non_blocking=True)
+    return send(torch.tensor(numbers, dtype=torch.long), backbone.device)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class Scheduler:
             # Placeholders may lie behind the base vocabulary; any word will do in their place.
             input_ids=[0 if i in self._memory_ids else i for i in ids],
             at_memory=[at for at, i in enumerate(ids) if i in self._memory_ids],
-            soft_tokens=[memory.values for memory in row.memories],
+            memories=row.memories,
             pages=pages,
             temperature=row.request.temperature,
             seed=row.seed(),

@@ -37,6 +37,8 @@ class TorchDecoder:
         batch_size: Most requests decoded together.
         cache_tokens: Tokens whose keys and values are kept; None: 2,048 per request of a full
             batch, within half of the free memory of a GPU.
+        memory_bytes: Of hot memories that stay on a GPU, the one used longest ago replaced first;
+            None: 256 MiB, on a CPU none.
         fused: False runs the model as Hugging Face wrote it.
         capture: Whether steps become CUDA graphs; None: on a GPU.
         lock: Held during every forward pass, not between them, so that a slow reader of one
@@ -51,6 +53,7 @@ class TorchDecoder:
         batch_tokens: int = 16384,
         batch_size: int = 64,
         cache_tokens: int | None = None,
+        memory_bytes: int | None = None,
         fused: bool = True,
         capture: bool | None = None,
         lock: threading.Lock | None = None,
@@ -77,10 +80,17 @@ class TorchDecoder:
                 lock=self._lock,
             )
         else:
-            self._engine = self._scheduler(batch_size, batch_tokens, cache_tokens, capture)
+            self._engine = self._scheduler(
+                batch_size, batch_tokens, cache_tokens, memory_bytes, capture
+            )
 
     def _scheduler(
-        self, batch_size: int, batch_tokens: int, cache_tokens: int | None, capture: bool | None
+        self,
+        batch_size: int,
+        batch_tokens: int,
+        cache_tokens: int | None,
+        memory_bytes: int | None,
+        capture: bool | None,
     ) -> Scheduler:
         with self._lock:
             backbone = FusedBackbone(self._decoder.base_model)
@@ -98,6 +108,7 @@ class TorchDecoder:
                     max_length=backbone.max_length,
                     bytes_per_token=2 * width * backbone.dtype.itemsize,
                 ),
+                memory_bytes=(2**28 if on_gpu else 0) if memory_bytes is None else memory_bytes,
                 capture=on_gpu if capture is None else capture,
             )
         return Scheduler(

@@ -26,10 +26,6 @@ class GraphSet:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def __len__(self) -> int:
-        """Return the number of graphs."""
-        return len(self._captured)
-
     def run(self, key: Hashable, work: Callable[[], Output]) -> Output:
         """Do some work, from its graph if there is one.
 
