@@ -507,6 +507,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("softrag.fused.graphs").setLevel(logging.DEBUG)
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if options.inside:
