@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -126,13 +126,16 @@ def open_source(folder: Path) -> Source:
     Raises:
         CheckpointError: A file is missing or damaged.
     """
+    config = read_config(folder)
     return Source(
         folder=folder,
         layout=SoftRAGConfig.model_type,
-        config=read_config(folder),
+        config=config,
         compressor_tokenizer=read_tokenizer(folder, "compressor_tokenizer"),
         decoder_tokenizer=read_tokenizer(folder, "decoder_tokenizer"),
-        tensors=lambda wanted: read_safetensors(folder, "model", wanted),
+        tensors=lambda wanted: read_safetensors(
+            folder, "model", wanted, checksums=config.checksums
+        ),
     )
 
 
@@ -204,6 +207,7 @@ def save(model: SoftRAGModel, folder: Path, *, storage: str, max_shard_size: int
         part = Path(name)
         save_torch_state_dict(stored, part, max_shard_size=max_shard_size)
         _save_tokenizers(model, part)
+        config.checksums = {f.name: _checksum(f) for f in sorted(part.glob("*.safetensors"))}
         config.save_pretrained(part)
         for old in folder.glob("model*.safetensors*"):
             old.unlink()
@@ -343,9 +347,20 @@ def load_weights(model: SoftRAGModel, source: Source) -> None:
 
 
 def read_safetensors(
-    folder: Path, stem: str, wanted: Callable[[str], bool]
+    folder: Path,
+    stem: str,
+    wanted: Callable[[str], bool],
+    *,
+    checksums: Mapping[str, str] | None = None,
 ) -> Iterator[StoredTensor]:
     """Read the wanted tensors of `stem.safetensors` or its shards, under the names in the files.
+
+    Args:
+        folder: Holds the files.
+        stem: Their name.
+        wanted: Tells by name whether a tensor is read.
+        checksums: By file; None checks none. The format itself has no checksum, and a damaged
+            weight is a weight.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -359,8 +374,18 @@ def read_safetensors(
         files = [folder / name for name in sorted(set(weight_map.values()))]
     if not files:
         raise CheckpointError(f"{folder} holds no {stem}*.safetensors. Restore the folder.")
+    if checksums is not None and {file.name for file in files} != set(checksums):
+        raise CheckpointError(
+            f"{folder} holds the weight files {[file.name for file in files]}, and its {_CONFIG} "
+            f"says {sorted(checksums)}. Copy or download the checkpoint again."
+        )
     for file in files:
         try:
+            if checksums is not None and _checksum(file) != checksums[file.name]:
+                raise CheckpointError(
+                    f"{file} is damaged: it does not match the checksum in {_CONFIG}. Copy or "
+                    "download the checkpoint again."
+                )
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     if wanted(key):
@@ -369,6 +394,14 @@ def read_safetensors(
             raise CheckpointError(
                 f"{file} is missing or damaged ({error}). Copy or download the checkpoint again."
             ) from error
+
+
+def _checksum(file: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _is_file_name(name: object) -> bool:

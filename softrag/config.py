@@ -81,6 +81,7 @@ class SoftRAGConfig(PreTrainedConfig):
         storage: How trained base weights are stored: `"full"`, or `"int8"`: the difference to the
             base weights, quantised to 8 bits with one scale per row.
         fingerprint: Of everything that decides a memory's values; written when saved.
+        checksums: Of the files with the weights, by name; written when saved.
     """
 
     model_type = "softrag"
@@ -112,6 +113,7 @@ class SoftRAGConfig(PreTrainedConfig):
     rag_prompt: dict[str, str] = field(default_factory=lambda: dict(RAG_PROMPT))
     storage: str = "full"
     fingerprint: str | None = None
+    checksums: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the values that would otherwise fail far from their cause."""

@@ -18,6 +18,7 @@ import torch
 from softrag import checkpoint, layouts
 from softrag.errors import CheckpointError
 from softrag.model import SoftRAGModel
+from tests.checkpoints import build_checkpoint
 from tests.families import build_family
 from tests.foreign import build_hub, build_research
 
@@ -379,6 +380,23 @@ def test_two_hundred_random_damages_are_named_or_harmless(pisco: Path, tmp_path:
 
     assert refused > 150
     assert unnamed == 0
+
+
+def test_damages_of_softrags_own_files_are_named_too(tmp_path: Path) -> None:
+    whole = build_checkpoint()
+    model = load(whole)
+    for number in range(60):
+        rng = random.Random(number)
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        rng.choice([flip, truncate, blank, insert])(folder / "model.safetensors", rng)
+        if (folder / "model.safetensors").read_bytes() == (
+            whole / "model.safetensors"
+        ).read_bytes():
+            continue  # Zeros where zeros were.
+
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            checkpoint.load_weights(model, layouts.open_source(folder))
 
 
 def test_a_config_cut_anywhere_is_named(pisco: Path, tmp_path: Path) -> None:
