@@ -19,6 +19,7 @@ from softrag.cli.options import (
     Fallback,
     Json,
     MaxNewTokens,
+    Rate,
     TopK,
     hush_transformers,
 )
@@ -49,6 +50,7 @@ class _Plan:
     modes: Sequence[Mode]
     codecs: Sequence[str]
     device: str | None
+    rate: int | None
     batch_size: int
     max_new_tokens: int
     with_compressor: bool
@@ -80,6 +82,7 @@ def evaluate(
     ] = "closed,text,memory",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     device: Device = None,
+    rate: Rate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: MaxNewTokens = 64,
     seed: Annotated[int, typer.Option(help="Of intervals, halves and drawn chunks.")] = 0,
@@ -134,6 +137,7 @@ def evaluate(
         modes=wanted,
         codecs=_parse_codecs(codecs),
         device=device,
+        rate=rate,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         # Its tokenizer measures the chunks of files.
@@ -252,6 +256,7 @@ def _load(plan: _Plan, number: int) -> LoadedModel:
         plan.models[number],
         name=Path(plan.models[number]).name if len(plan.models) > 1 else "",
         device=plan.device,
+        rate=plan.rate,
         load_compressor=plan.with_compressor,
         batch_size=plan.batch_size,
     )

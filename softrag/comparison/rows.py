@@ -47,10 +47,11 @@ class LoadedModel:
         device: torch.device | str | None = None,
         load_compressor: bool = True,
         batch_size: int = 16,
+        rate: int | None = None,
     ) -> LoadedModel:
         """Load a checkpoint; arguments as in `SoftRAGModel.from_pretrained` and `TorchDecoder`."""
         model = SoftRAGModel.from_pretrained(
-            checkpoint, device=device, load_compressor=load_compressor
+            checkpoint, device=device, load_compressor=load_compressor, rate=rate
         )
         lock = threading.Lock()
         return cls(

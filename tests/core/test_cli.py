@@ -497,3 +497,18 @@ def test_a_store_is_asked_at_the_rate_it_was_indexed_at(tmp_path, folder):
     assert other.exit_code == untrained.exit_code == 1
     assert "at the same rate" in " ".join(other.stderr.split())
     assert "trained at 4, 8" in " ".join(untrained.stderr.split())
+
+
+def test_eval_measures_at_the_rate_it_is_told(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    build_model(rates=[4, 16]).save_pretrained(checkpoint)
+    file = write_questions(tmp_path / "questions.jsonl")
+    options = ["--model", checkpoint, "--modes", "memory", "--max-new-tokens", 1, "--json"]
+
+    rows = [
+        json.loads(run("eval", file, *options, "--rate", rate, store=tmp_path).stdout)["modes"]
+        for rate in (4, 16)
+    ]
+
+    tokens = [row["memory"]["prompt_tokens"] for row in rows]
+    assert tokens[0] > tokens[1]
