@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softrag.cli import ask, chat, convert, demo, evaluate, export, index, info, serve, store
+from softrag.cli import ask, bench, chat, convert, demo, evaluate, export, index, info, serve, store
 from softrag.errors import SoftRAGError
 
 
@@ -53,6 +53,7 @@ app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
 app.add_typer(store.store, name="store")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
