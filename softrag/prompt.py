@@ -224,7 +224,9 @@ class DocumentPrompt:
             return [*self._verbatim.encode(before), *document, *self._verbatim.encode(after)]
         assert not isinstance(document, str)
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return [*bos, *self.tokenize(before), *document, *self.tokenize(after)]
+        # An empty text costs a tokenizer as much as a short one.
+        ids = [self.tokenize(part) if part else [] for part in (before, after)]
+        return [*bos, *ids[0], *document, *ids[1]]
 
     def _fill(self, template: str, question: str | None) -> str:
         """Return a part of the template with the question in it, ready for `_lay_out`."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
-from softrag.memory import Memory
+from softrag.memory import Memory, is_finite
 
 
 def check_memory(memory: Memory, *, fingerprint: str, width: int) -> None:
@@ -39,7 +37,7 @@ def check_memory(memory: Memory, *, fingerprint: str, width: int) -> None:
         )
     # Checked here as well as when it is made: one NaN in a batch or a shared cache can spoil
     # answers that have nothing to do with it.
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise NonFiniteMemoryError(
             f"Memory {memory.key} holds NaN or infinity. Compress its document again."
         )

@@ -8,7 +8,7 @@ import torch
 from softrag.batch import collate_documents
 from softrag.compressor import Compressor
 from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
-from softrag.memory import memory_key
+from softrag.memory import is_finite, memory_key
 from softrag.model import SoftRAGModel
 from tests.checkpoints import build_model
 from tests.families import SENTENCES
@@ -166,3 +166,15 @@ def test_questions_are_refused_where_they_would_be_ignored(model):
 def test_one_text_instead_of_a_list_is_refused(model):
     with pytest.raises(TypeError, match="found one text"):
         Compressor(model).compress("Paris.")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_seen(bad):
+    values = torch.randn(8, 64).bfloat16()
+    assert is_finite(values)
+    # Their sum is infinite, they are not.
+    assert is_finite(torch.full((8, 64), 3e38).bfloat16())
+
+    values[5, 3] = bad
+
+    assert not is_finite(values)
