@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from softrag.cli.options import Device, Json, hush_transformers
-
-
-class Dtype(str, Enum):
-    """Names of dtypes that weights are written in."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
 
 
 def convert(
@@ -31,7 +22,8 @@ def convert(
         ),
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the written weights; as stored unless given.")
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of the written weights; as stored unless given."),
     ] = None,
     base_model: Annotated[
         str | None,
@@ -48,12 +40,11 @@ def convert(
     from softrag.convert import convert as convert_checkpoint
 
     hush_transformers()
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     written = convert_checkpoint(
         source,
         folder,
         merge=merge,
-        dtype=None if dtype is None else kinds[dtype.value],
+        dtype=None if dtype is None else getattr(torch, dtype),
         base_model=base_model,
         device=device,
     )

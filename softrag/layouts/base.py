@@ -40,13 +40,17 @@ def read_base(name: str, folder: Path) -> BaseModel:
     """
     try:
         place = resolve_base_model(name)
-        return BaseModel(
-            name,
-            shape_of(AutoConfig.from_pretrained(place, trust_remote_code=False)),
-            read_tokenizer(place),
-        )
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        tokenizer = read_tokenizer(place)
     except (OSError, ValueError) as error:
         raise base_model_error(folder, name, error) from error
+    if config.model_type.startswith("gemma"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names the base model {name!r}. Gemma scales embeddings "
+            "inside the model, and softrag does not read memory tokens' embeddings of such "
+            "checkpoints; none is known to be published."
+        )
+    return BaseModel(name, shape_of(config), tokenizer)
 
 
 def read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:

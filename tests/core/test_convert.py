@@ -221,7 +221,7 @@ def test_the_command_converts_and_tells_what_it_wrote(tmp_path: Path) -> None:
     (hub.folder / "README.md").write_text(NAVER_CARD)
 
     done = run(
-        "convert", hub.folder, tmp_path / "own", "--merge", "--dtype", "bf16", "--json",
+        "convert", hub.folder, tmp_path / "own", "--merge", "--dtype", "bfloat16", "--json",
         "--device", "cpu",
     )  # fmt: skip
 

@@ -228,6 +228,11 @@ def test_a_compressor_that_reads_both_ways_is_refused(copy: Path, tmp_path: Path
         load(copy)
 
 
+def test_a_base_model_that_scales_its_embeddings_is_refused(copy: Path) -> None:
+    with pytest.raises(CheckpointError, match="Gemma scales embeddings"):
+        load(copy, base_model=build_family("Gemma3"))
+
+
 def test_whole_weights_of_the_first_cocom_are_recognised_and_refused(copy: Path) -> None:
     (copy / ADAPTERS).unlink()
     (copy / "model-00001-of-00003.safetensors").touch()

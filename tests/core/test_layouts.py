@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
 from softrag.batch import collate_documents, collate_prompts
+from softrag.errors import CheckpointError
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt, RagPrompt
 from tests.families import build_family
@@ -338,3 +339,27 @@ def test_a_switch_cuts_long_documents_as_the_original_does(hub: Foreign) -> None
     torch.testing.assert_close(memory.values, expected, rtol=0.02, atol=0.02)
     with pytest.raises(ValueError, match="longer than the 32 tokens"):
         Compressor(model).compress([text], asked)
+
+
+# ---------------------------------------------------------------------- hub names
+
+
+@pytest.mark.parametrize("inside", ["", "compression-16"])
+def test_hub_names_load_from_the_cache_without_a_network(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "models--maker--model"
+    hub = build_hub(repo / "snapshots" / "0123abcd" / inside)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    by_name = SoftRAGModel.from_pretrained(f"maker/model/{inside}".rstrip("/"), device="cpu")
+
+    by_folder = SoftRAGModel.from_pretrained(hub.folder, device="cpu")
+    assert by_name.fingerprint == by_folder.fingerprint
+
+
+def test_a_folder_that_a_hub_repository_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="maker/model/nowhere"):
+        SoftRAGModel.from_pretrained("maker/model/nowhere")
