@@ -14,7 +14,7 @@ from softrag.documents import Chunk
 from softrag.errors import MemoryMismatchError
 from softrag.memory import Memory
 from softrag.store.connection import qdrant
-from softrag.store.payload import to_payload
+from softrag.store.payload import MEMORY_FIELD, to_payload
 from softrag.store.record import StoreRecord
 
 if TYPE_CHECKING:
@@ -61,9 +61,12 @@ class Points:
         batch: list[models.PointStruct] = []
         batch_bytes = 0
         for id_, vector, payload in zip(self.ids, self.vectors, self.payloads, strict=True):
-            # json escapes everything beyond ASCII, so its text is never the shorter one. A float32
-            # as a decimal number takes up to 24 characters and a comma.
-            nbytes = len(json.dumps(payload)) + 25 * len(vector)
+            # json escapes everything beyond ASCII, so its text is never the shorter one; a memory is
+            # ASCII, and too long to be escaped for its length. A float32 as a decimal number takes
+            # up to 24 characters and a comma.
+            memory = payload.get(MEMORY_FIELD) or ""
+            rest = json.dumps({**payload, MEMORY_FIELD: ""})
+            nbytes = len(rest) + len(memory) + 25 * len(vector)
             is_full = len(batch) == MAX_REQUEST_POINTS or batch_bytes + nbytes > MAX_REQUEST_BYTES
             if batch and is_full:
                 yield batch
