@@ -61,9 +61,9 @@ class Points:
         batch: list[models.PointStruct] = []
         batch_bytes = 0
         for id_, vector, payload in zip(self.ids, self.vectors, self.payloads, strict=True):
-            # json escapes everything beyond ASCII, so its text is never the shorter one; a memory is
-            # ASCII, and too long to be escaped for its length. A float32 as a decimal number takes
-            # up to 24 characters and a comma.
+            # json escapes everything beyond ASCII, so its text is never the shorter one; a memory
+            # is ASCII, and too long to be escaped for its length. A float32 as a decimal number
+            # takes up to 24 characters and a comma.
             memory = payload.get(MEMORY_FIELD) or ""
             rest = json.dumps({**payload, MEMORY_FIELD: ""})
             nbytes = len(rest) + len(memory) + 25 * len(vector)
