@@ -2,7 +2,7 @@
 
 from softrag.bulk.coordinator import Progress
 from softrag.bulk.index import BulkReport, index_files, prune_vanished
-from softrag.bulk.worker import StoreAddress, WorkerSetup
+from softrag.bulk.worker import StoreAddress, WorkerSetup, load_indexer
 
 __all__ = [
     "BulkReport",
@@ -10,5 +10,6 @@ __all__ = [
     "StoreAddress",
     "WorkerSetup",
     "index_files",
+    "load_indexer",
     "prune_vanished",
 ]

@@ -16,7 +16,7 @@ from softrag.answer import AddReport
 from softrag.bulk.coordinator import Coordinator, Progress
 from softrag.bulk.shares import cut_shares
 from softrag.bulk.worker import Address, WorkerSetup, hush_loading, run_worker, work
-from softrag.checkpoint import locate, read_config
+from softrag.checkpoint import fingerprint_at_rate, locate, read_config
 from softrag.errors import CheckpointError, StoreError
 from softrag.files import find_files, vanished
 from softrag.indexing import delete_gone
@@ -156,12 +156,15 @@ def prune_vanished(
 
 def _open_store(setup: WorkerSetup) -> MemoryStore:
     # The config alone: the coordinator needs no weights.
-    fingerprint = read_config(locate(setup.checkpoint)).fingerprint
+    config = read_config(locate(setup.checkpoint))
+    fingerprint = config.fingerprint
     if fingerprint is None:
         raise CheckpointError(
             f"{setup.checkpoint} has no fingerprint in its config.json. Load and save it once with "
             "SoftRAGModel.from_pretrained and save_pretrained."
         )
+    if setup.rate is not None and setup.rate != config.rate:
+        fingerprint = fingerprint_at_rate(fingerprint, setup.rate)
     return setup.store.open(fingerprint=fingerprint, embedder=setup.embedder("cpu"))
 
 

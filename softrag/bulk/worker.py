@@ -119,8 +119,10 @@ def work(setup: WorkerSetup, address: Address, worker: int) -> None:
     """
     channel = Channel(Client(address.place, authkey=address.key))
     try:
-        hello = channel.request({"do": "hello", "pid": os.getpid()})
-        indexer = load_indexer(setup, worker, channel, hello)
+        record = channel.request({"do": "hello"})["record"]
+        indexer = load_indexer(
+            setup, worker, channel=channel, record=StoreRecord(**record) if record else None
+        )
         channel.send({"do": "next"})
         while (message := channel.receive()).get("share"):
             tally = index_share(
@@ -138,9 +140,20 @@ def work(setup: WorkerSetup, address: Address, worker: int) -> None:
 
 
 def load_indexer(
-    setup: WorkerSetup, worker: int, channel: Channel, hello: dict[str, object]
+    setup: WorkerSetup,
+    worker: int,
+    *,
+    channel: Channel | None = None,
+    record: StoreRecord | None = None,
 ) -> Indexer:
-    """Load the model, and open the store or the way to it."""
+    """Load the model, and open the store or the way to it.
+
+    Args:
+        setup: What to load.
+        worker: Number of the worker on its machine, from 0.
+        channel: To the coordinator.
+        record: Of the coordinator's store, when only that process may open it.
+    """
     device = setup.device_of(worker)
     embedder = setup.embedder(device)
     compressor = Compressor(
@@ -153,10 +166,9 @@ def load_indexer(
         )
     )
     store: ChunkSink
-    if hello["record"] is None:
+    if channel is None or record is None:
         store = setup.store.open(fingerprint=compressor.fingerprint, embedder=embedder)
     else:
-        record = StoreRecord(**hello["record"])  # type: ignore[arg-type]
         place = f"The store {setup.store.location}"
         record.check(
             place=place,

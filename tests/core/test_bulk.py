@@ -24,7 +24,7 @@ from softrag.errors import CheckpointError, MemoryMismatchError, StoreError
 from softrag.files import find_files, read_file, read_files
 from softrag.store import MemoryStore
 from tests.bulk_workers import MortalEmbedder
-from tests.checkpoints import build_checkpoint
+from tests.checkpoints import build_checkpoint, build_model
 from tests.core.qdrant_stub import QdrantStub
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
@@ -283,6 +283,21 @@ def test_a_store_of_another_model_is_refused_before_any_worker_starts(corpus, tm
 
     with pytest.raises(MemoryMismatchError, match="index the documents again"):
         index_files([corpus], setup=setup(tmp_path / "store", checkpoint=other), workers=1)
+
+
+def test_workers_compress_at_the_rate_asked_for(corpus, tmp_path):
+    several = tmp_path / "checkpoint"
+    build_model(rates=[2, 4]).save_pretrained(several)
+    made = setup(tmp_path / "store", checkpoint=str(several), rate=2)
+
+    index_files([corpus / "note_00.txt"], setup=made, workers=1)
+
+    ((*_, values),) = contents(tmp_path / "store").values()
+    with SoftRAG.from_pretrained(
+        several, store=tmp_path / "store", embedder=HashingEmbedder(), load_decoder=False, rate=2
+    ) as engine:
+        (hit,) = engine.store.scroll()
+    assert len(values) == -(-hit.memory.n_document_tokens // 2)
 
 
 # Pruning
