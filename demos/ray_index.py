@@ -10,6 +10,7 @@ compress nothing twice. What is gone from a document is deleted by `softrag inde
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="URL of a Qdrant server.")
     parser.add_argument("--model", default="softrag-demo")
     parser.add_argument("--gpus", type=int, default=0, help="Actors with a GPU each; 0 uses CPUs.")
-    parser.add_argument("--actors", type=int, default=1, help="Actors without a GPU.")
+    parser.add_argument("--actors", type=int, default=1, help="Actors without a GPU, a CPU each.")
     parser.add_argument("--batch", type=int, default=2048, help="Documents given to an actor.")
     options = parser.parse_args()
 
@@ -66,9 +67,10 @@ def main() -> None:
         num_gpus=1 if options.gpus else 0,
         compute=ray.data.ActorPoolStrategy(size=options.gpus or options.actors),
     )
-    names = ("documents", "chunks_added", "chunks_unchanged", "left_out")
-    totals = counts.sum(list(names))
-    print(", ".join(f"{totals[f'sum({name})']} {name.replace('_', ' ')}" for name in names))
+    totals: Counter[str] = Counter()
+    for row in counts.iter_rows():
+        totals.update(row)
+    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items()))
 
 
 if __name__ == "__main__":
