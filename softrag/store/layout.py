@@ -59,6 +59,7 @@ def create_collection(
     metadata: dict[str, object],
     layout: CollectionLayout | None,
     indexed_fields: Sequence[str],
+    embedded: bool,
 ) -> None:
     """Create a collection of search embeddings.
 
@@ -69,15 +70,19 @@ def create_collection(
         metadata: Kept with the collection.
         layout: On a server; None leaves all to its own settings.
         indexed_fields: Payload fields that a server finds points by.
+        embedded: Whether `client` is of an embedded store.
     """
     models = qdrant().models
+    # Never for memories, which cosine would normalise: the search embedding is all it is used for.
+    # The embedded client works out the length of every vector for every cosine, though they are all
+    # stored with length 1; products alone take a quarter of the time (measured at 16,000 chunks).
+    distance = models.Distance.DOT if embedded else models.Distance.COSINE
     try:
         client.create_collection(
             collection,
-            # Cosine, since the search embedding is all it is used for: it would normalise memories.
             vectors_config=models.VectorParams(
                 size=dimension,
-                distance=models.Distance.COSINE,
+                distance=distance,
                 on_disk=True if layout and layout.vectors_on_disk else None,
             ),
             metadata=metadata,

@@ -60,7 +60,7 @@ class Points:
         point_struct = qdrant().models.PointStruct
         batch: list[models.PointStruct] = []
         batch_bytes = 0
-        for id_, vector, payload in zip(self.ids, self.vectors, self.payloads, strict=True):
+        for id_, vector, payload in zip(self.ids, unit(self.vectors), self.payloads, strict=True):
             # json escapes everything beyond ASCII, so its text is never the shorter one; a memory
             # is ASCII, and too long to be escaped for its length. A float32 as a decimal number
             # takes up to 24 characters and a comma.
@@ -132,3 +132,10 @@ def check_embeddings(record: StoreRecord, embeddings: np.ndarray, *, rows: int) 
         rows_affected = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
         raise ValueError(f"Search embeddings {rows_affected} hold NaN or infinity.")
     return vectors
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return `(n, dimension)` vectors with length 1, whose products are cosines."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    # What has no direction is near to nothing.
+    return vectors / np.where(lengths > 0, lengths, 1)

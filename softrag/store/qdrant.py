@@ -26,7 +26,7 @@ from softrag.store.embedded import bytes_on_disk
 from softrag.store.filters import to_filter
 from softrag.store.layout import CollectionLayout, create_collection
 from softrag.store.payload import KEY_FIELD, MEMORY_FIELD, decode_memory, to_hit
-from softrag.store.points import Points, check_embeddings, make_points, point_id
+from softrag.store.points import Points, check_embeddings, make_points, point_id, unit
 from softrag.store.record import StoreInfo, StoreRecord
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class MemoryStore:
                         layout=layout,
                         # The embedded store has no indexes, and would warn.
                         indexed_fields=("source", KEY_FIELD) if is_url(location) else (),
+                        embedded=not is_url(location),
                     )
                 record = StoreRecord.from_metadata(
                     client.get_collection(collection).config.metadata, place=place
@@ -252,7 +253,7 @@ class MemoryStore:
         """
         if k < 1:
             raise ValueError(f"k is at least 1, but found {k}.")
-        (vector,) = check_embeddings(self.record, np.asarray(embedding)[None], rows=1)
+        (vector,) = unit(check_embeddings(self.record, np.asarray(embedding)[None], rows=1))
         # A server's shards would each send their own k candidates with all that is asked for, so
         # the memories of the final k are fetched afterwards.
         in_two_steps = with_memories and self.points.is_server
