@@ -32,7 +32,7 @@ from softrag.adapters import add_lora, is_lora_weight, merge_lora
 from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model, shape_of
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
-from softrag.errors import PlaceholderMismatchError
+from softrag.errors import CheckpointError, PlaceholderMismatchError
 from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
 from softrag.layouts import base_model_error
 from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed, send
@@ -379,14 +379,19 @@ class SoftRAGModel(PreTrainedModel):
             compressor = _load_base(
                 AutoModel, source, "compressor", torch.float32, torch.device("cpu")
             )
-        with no_init_weights():  # Whatever is built here is filled below.
-            model = cls(
-                config,
-                decoder,
-                compressor,
-                load_decoder=load_decoder,
-                load_compressor=load_compressor,
-            )
+        try:
+            with no_init_weights():  # Whatever is built here is filled below.
+                model = cls(
+                    config,
+                    decoder,
+                    compressor,
+                    load_decoder=load_decoder,
+                    load_compressor=load_compressor,
+                )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes a model that can't be built: {error}"
+            ) from error
         model.compressor_tokenizer = source.compressor_tokenizer
         model.decoder_tokenizer = source.decoder_tokenizer
         checkpoint.load_weights(model, source)

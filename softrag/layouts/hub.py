@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from softrag.checkpoint import Source, StoredTensor, read_json
 from softrag.config import SHARED, SoftRAGConfig
@@ -76,11 +76,15 @@ class _Settings:
     query_dependent: bool
     extra_tokens: list[str]
 
+    @property
+    def max_row_tokens(self) -> int:
+        """Where the original cuts what the compressor reads."""
+        return self.max_tokens + (_QUESTION_TOKENS + 8 if self.query_dependent else 3)
+
     @classmethod
     def read(cls, folder: Path) -> _Settings:
         path = folder / "config.json"
-        values = read_json(path)
-        get = FieldReader(path, values)
+        get = FieldReader(path, read_json(path))
         kind = get("model_type", "", str)
         if not get("sep", False, bool):
             raise CheckpointError(
@@ -136,15 +140,11 @@ class _Settings:
             connector_hidden=get("compr_mlp_hidden_dim", 8096, int)
             if get("compr_use_mlp", True, bool)
             else None,
-            one_adapter=get("training_form", "both", str) == "both",
+            one_adapter=kind != "CLaRa" and get("training_form", "both", str) == "both",
             # Not a field of the original, where it is an argument of every call: OSCAR's family is
             # trained with the question, models that compress with the decoder are not.
             query_dependent=get("query_dependent", compressor is not None, bool),
-            extra_tokens=[
-                "<ENC>",
-                "<SEP>",
-                *(["<KBTC>"] if get("kbtc_training", False, bool) else []),
-            ],
+            extra_tokens=["<ENC>", "<SEP>"] + ["<KBTC>"] * get("kbtc_training", False, bool),
         )
 
 
@@ -224,14 +224,14 @@ def _share_backbone(config: SoftRAGConfig, settings: _Settings, decoder: BaseMod
     config.connector_hidden = None
     config.document_prompt = {
         "document": f"<ENC>{bos}{{document}}{eos}",
-        "document_with_question": (f"<ENC>{bos}\nQuery:\n{{question}}Document:\n{{document}}{eos}"),
+        "document_with_question": f"<ENC>{bos}\nQuery:\n{{question}}Document:\n{{document}}{eos}",
     }
-    config.max_row_tokens = settings.max_tokens + 3
-    if settings.query_dependent:
-        config.max_row_tokens = settings.max_tokens + _QUESTION_TOKENS + 8
+    config.max_row_tokens = settings.max_row_tokens
 
 
-def _add_compressor(config: SoftRAGConfig, settings: _Settings, compressor: BaseModel) -> Any:  # noqa: ANN401 - a tokenizer
+def _add_compressor(
+    config: SoftRAGConfig, settings: _Settings, compressor: BaseModel
+) -> PreTrainedTokenizerBase:
     """Describe a compressor with a model and tokenizer of its own; return the tokenizer."""
     if compressor.shape.get("model_type") in _BIDIRECTIONAL:
         raise CheckpointError(
@@ -253,11 +253,9 @@ def _add_compressor(config: SoftRAGConfig, settings: _Settings, compressor: Base
         config.compressor_lora = {"r": rank, "alpha": 2 * rank, "dropout": 0.1}
     config.document_prompt = {
         "document": f"{before}{{document}}{after}",
-        "document_with_question": (f"{before}\nQuery:\n{{question}}Document:\n{{document}}{after}"),
+        "document_with_question": f"{before}\nQuery:\n{{question}}Document:\n{{document}}{after}",
     }
-    config.max_row_tokens = settings.max_tokens + 3
-    if settings.query_dependent:
-        config.max_row_tokens = settings.max_tokens + _QUESTION_TOKENS + 8
+    config.max_row_tokens = settings.max_row_tokens
     return tokenizer
 
 
@@ -266,7 +264,7 @@ def _add_compressor(config: SoftRAGConfig, settings: _Settings, compressor: Base
 
 def _decoder_tensors(
     folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
     config: SoftRAGConfig,
     settings: _Settings,
 ) -> dict[str, StoredTensor]:
@@ -304,7 +302,7 @@ def _decoder_tensors(
 
 def _compressor_tensors(
     folder: Path,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
     config: SoftRAGConfig,
 ) -> dict[str, StoredTensor]:
     """Read a compressor of its own and the connector, under softrag's names."""
@@ -327,11 +325,7 @@ def _compressor_tensors(
         rows = checked_rows(path, whole["embed_tokens.weight"], len(tokenizer))
         found.add(path, {"memory_embedding": memory_rows(rows, tokenizer, config)})
     if config.connector_hidden is not None:
-        path = folder / "mlp.pth"
-        layers = {"0": "up", "2": "down"}
-        for name, tensor in read_tensors(path).items():
-            layer, _, kind = name.partition(".")
-            found.add(path, {f"connector.{layers.get(layer, layer)}.{kind}": tensor})
+        found.add_connector(folder / "mlp.pth", read_tensors(folder / "mlp.pth"))
     return found
 
 

@@ -40,6 +40,13 @@ class Renamed(dict[str, StoredTensor]):
             renamed = f"{lora[1].removeprefix(drop)}.default.weight" if lora else name
             self.add(path, {part + renamed: tensor})
 
+    def add_connector(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add the connector's weights: two linear layers of a `Sequential`, the ReLU between."""
+        layers = {"0": "up", "2": "down"}
+        for name, tensor in tensors.items():
+            layer, _, kind = name.partition(".")
+            self.add(path, {f"connector.{layers.get(layer, layer)}.{kind}": tensor})
+
 
 def checked_rows(path: Path, embeddings: torch.Tensor, expected: int) -> torch.Tensor:
     """Return embeddings that have a row for every token.

@@ -147,11 +147,7 @@ def open_source(folder: Path, *, base_model: str | Path | None = None) -> Source
                 rows = checked_rows(path, tensor, len(decoder_tokenizer))
                 added = rows[token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)]
                 found.add(path, {"auto_encoding_embedding": added})
-        path = folder / _CONNECTOR
-        layers = {"0": "up", "2": "down"}
-        for name, tensor in read_tensors(path).items():
-            layer, _, kind = name.partition(".")
-            found.add(path, {f"connector.{layers.get(layer, layer)}.{kind}": tensor})
+        found.add_connector(folder / _CONNECTOR, read_tensors(folder / _CONNECTOR))
         for name, tensor, file in read_safetensors(folder / "compressor", "model", _is_backbone):
             found.add(file, {f"compressor.{name.removeprefix('model.')}": tensor})
             if name == "model.embed_tokens.weight":

@@ -321,6 +321,8 @@ def test_the_engine_splits_unless_it_is_told_to_cut(tmp_path: Path) -> None:
             assert rag.add([text]).chunks_added == chunks
             answer = rag.ask(QUESTION, max_new_tokens=4)
             assert answer.usage.soft_tokens == 4 * chunks
+            for mode in ("text", "closed"):
+                assert rag.ask(QUESTION, mode=mode, max_new_tokens=4).usage.soft_tokens == 0
 
 
 def test_a_switch_cuts_long_documents_as_the_original_does(hub: Foreign) -> None:
