@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection as Ids
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 from softrag.codec import CODECS
 from softrag.documents import Chunk, Hit
 from softrag.errors import StoreError
+from softrag.handles import MemoryCache
 from softrag.memory import Memory
 from softrag.store.collection import MAX_LOOKUP, Collection, id_of, slices
 from softrag.store.connection import GRPC_PORT, connect, is_url, qdrant, store_errors
@@ -52,6 +54,7 @@ class MemoryStore:
         collection: Name of the Qdrant collection.
         record: The model, embedder and codec the collection belongs to.
         points: The collection as Qdrant has it, for what this class does not offer.
+        hot: Memories a search got from a server lately, which are not sent again.
     """
 
     def __init__(self, points: Collection, record: StoreRecord) -> None:
@@ -59,6 +62,7 @@ class MemoryStore:
         self.location = points.location
         self.collection = points.name
         self.record = record
+        self.hot = MemoryCache()
         self._has_warned = False
         self._warn_if_large()
 
@@ -255,7 +259,7 @@ class MemoryStore:
             raise ValueError(f"k is at least 1, but found {k}.")
         (vector,) = unit(check_embeddings(self.record, np.asarray(embedding)[None], rows=1))
         # A server's shards would each send their own k candidates with all that is asked for, so
-        # the memories of the final k are fetched afterwards.
+        # the memories of the final k are fetched afterwards, if they are not here already.
         in_two_steps = with_memories and self.points.is_server
         points = self.points.query(
             vector,
@@ -264,12 +268,10 @@ class MemoryStore:
             fields=_fields(with_memories and not in_two_steps),
         )
         payloads = {id_of(point): point.payload or {} for point in points}
-        if in_two_steps:
-            for record in self.points.retrieve(list(payloads), [MEMORY_FIELD]):
-                payloads[id_of(record)].update(record.payload or {})
-        return [
+        hits = [
             self._hit(id_of(point), payloads[id_of(point)], score=point.score) for point in points
         ]
+        return self._with_memories(hits, payloads) if in_two_steps else hits
 
     def get(self, ids: Sequence[str], *, with_memories: bool = True) -> list[Hit]:
         """Return chunks by id, in the order of `ids`; unknown ids are left out."""
@@ -359,6 +361,22 @@ class MemoryStore:
     ) -> Iterator[dict[str, Any]]:
         for page in self.points.scroll(query_filter, fields):
             yield from (record.payload or {} for record in page)
+
+    def _with_memories(self, hits: list[Hit], payloads: dict[str, dict[str, Any]]) -> list[Hit]:
+        """Fill in the memories of hits, whose payloads have none, in their order."""
+        keys = {point: payload.get(KEY_FIELD) for point, payload in payloads.items()}
+        found = {point: self.hot.get(key) for point, key in keys.items() if key is not None}
+        missing = [point for point, memory in found.items() if memory is None]
+        if missing:
+            for record in self.points.retrieve(missing, [MEMORY_FIELD]):
+                whole = {**payloads[id_of(record)], **(record.payload or {})}
+                memory = decode_memory(whole, fingerprint=self.record.fingerprint)
+                if memory is not None:
+                    self.hot.put(memory)
+                    found[id_of(record)] = memory
+        return [
+            replace(hit, memory=found.get(point)) for hit, point in zip(hits, payloads, strict=True)
+        ]
 
     def _hit(self, id_of_point: str, payload: dict[str, Any], *, score: float = 0.0) -> Hit:
         return to_hit(

@@ -854,6 +854,20 @@ def test_a_server_sends_memories_of_the_final_k_alone(stub: QdrantStub) -> None:
     assert all(hit.memory is not None for hit in hits)
 
 
+def test_a_server_sends_a_hot_memory_once(stub: QdrantStub) -> None:
+    with open_at(stub.url) as store:
+        add(store, *ALL)
+        query = make_embeddings([ALPHA])[0]
+        (first,) = store.search(query, 1)
+        two = store.search(query, 2)
+        again = store.search(query, 2)
+
+        assert again[0].memory is two[0].memory
+        assert torch.equal(again[0].memory.values, first.memory.values)
+    fetched = [len(each.body["ids"]) for each in stub.sent("POST", "/collections/softrag/points")]
+    assert fetched == [1, 1]
+
+
 def test_requests_to_a_server_stay_below_its_limit(
     stub: QdrantStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
