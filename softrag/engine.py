@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +30,7 @@ from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.router import Router
 from softrag.store import MemoryStore
+from softrag.threads import LoopThreads
 
 if TYPE_CHECKING:
     from softrag.store.filters import Where
@@ -94,7 +95,7 @@ class SoftRAG:
         # Memories that travel as handles through other libraries.
         self.cache = MemoryCache()
         # Threads for the async calls: as many as may wait for one batch.
-        self.threads: Executor = ThreadPoolExecutor(max_workers=64, thread_name_prefix="softrag")
+        self.threads: Executor = LoopThreads(64, "softrag")
 
     @classmethod
     def from_pretrained(

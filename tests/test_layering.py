@@ -32,6 +32,7 @@ CORE_LAYERS = [
         "batching",
         "chat_endpoint",
         "packing",
+        "threads",
         "verbatim",
     },
     {"documents", "prompt", "codec", "handles", "embedder", "fused"},

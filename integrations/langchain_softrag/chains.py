@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough, RunnablePick
 
 # Pydantic makes the chain's schemas, and before Python 3.12 it takes this one only.
 from typing_extensions import TypedDict
@@ -51,10 +51,10 @@ def create_softrag_chain(
         retriever: Documents without handles are compressed when they are found.
         llm: A `ChatSoftRAG`, bound or configured as you like.
     """
-    retrieve = itemgetter("question") | retriever
-    answer = RunnableLambda(_to_messages) | llm | StrOutputParser()
+    retrieve = RunnablePick("question") | retriever
+    answer = RunnableLambda(_to_messages, _ato_messages) | llm | StrOutputParser()
     chain: Runnable[Any, Any] = (
-        RunnableLambda(_to_input)
+        RunnableLambda(_to_input, _ato_input)
         | RunnablePassthrough.assign(sources=retrieve)
         | RunnablePassthrough.assign(answer=answer)
     )
@@ -77,3 +77,17 @@ def _to_input(given: str | Mapping[str, Any]) -> dict[str, str]:
 
 def _to_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
     return [*format_memories(found["sources"]), HumanMessage(content=found["question"])]
+
+
+# Without async twins LangChain would run these few microseconds in a thread of its own. Waiting for
+# nothing lets the event loop turn between the questions of one moment.
+
+
+async def _ato_input(given: str | Mapping[str, Any]) -> dict[str, str]:
+    await asyncio.sleep(0)
+    return _to_input(given)
+
+
+async def _ato_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
+    await asyncio.sleep(0)
+    return _to_messages(found)
