@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from softrag import SoftRAG
-
-ROOT = Path(__file__).parents[3]
-DEMOS = ("bring_your_own_collator.py", "langchain_chain.py", "online_compression.py")
-
-
-def run(demo: str, *arguments: str) -> str:
-    """Run a demo as its docstring says, and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, f"demos/{demo}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("demo", DEMOS)
-def test_demos_are_short_and_begin_with_their_command(demo):
-    lines = (ROOT / "demos" / demo).read_text(encoding="utf-8").splitlines()
-
-    assert len(lines) < 60
-    assert lines[0].startswith(f'"""python demos/{demo}')
+from tests.integrations.demos import ROOT, run_demo
 
 
 def test_the_chain_demo_answers_from_memories():
-    lines = run("langchain_chain.py").splitlines()
+    lines = run_demo("langchain_chain.py").splitlines()
 
     assert re.fullmatch(r"3 articles are \d+ memories", lines[0])
     assert re.fullmatch(r"Who invented the piano\? -> .+", lines[1])
@@ -52,7 +23,7 @@ def test_the_chain_demo_answers_from_memories():
 
 
 def test_the_collator_demo_learns():
-    *_, last = run("bring_your_own_collator.py").splitlines()
+    *_, last = run_demo("bring_your_own_collator.py").splitlines()
 
     losses = [float(loss) for loss in last.removeprefix("losses: ").split()]
     assert losses[-1] < 1 < losses[0]

@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from llama_index_softrag import SoftRAGLLM, SoftRAGPostprocessor, SoftRAGQueryEngine, index_of
-from tests.test_readme import CHECKPOINT
-
-ROOT = Path(__file__).parents[3]
-DEMOS = ("llama_index_query_engine.py", "llama_index_chat.py", "online_compression.py")
-
-
-def run(demo: str) -> str:
-    """Run a demo as its docstring says, and return what it prints."""
-    if not CHECKPOINT.exists():
-        pytest.skip("the demo checkpoint is not in this tree")
-    done = subprocess.run(
-        [sys.executable, f"demos/{demo}"],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("demo", DEMOS)
-def test_demos_are_short_and_begin_with_their_command(demo):
-    lines = (ROOT / "demos" / demo).read_text(encoding="utf-8").splitlines()
-
-    assert len(lines) < 60
-    assert lines[0].startswith(f'"""python demos/{demo}')
+from tests.integrations.demos import run_demo
 
 
 def test_the_query_engine_demo_prints_a_table(demo_questions):
-    printed = run("llama_index_query_engine.py")
+    printed = run_demo("llama_index_query_engine.py")
 
     assert all(question in printed for question in demo_questions)
     (stock, ours) = re.findall(r"(\d+) prompt tokens", printed)
@@ -51,7 +17,7 @@ def test_the_query_engine_demo_prints_a_table(demo_questions):
 
 
 def test_the_chat_demo_answers_from_memories():
-    printed = run("llama_index_chat.py")
+    printed = run_demo("llama_index_chat.py")
 
     assert re.search(r"2 articles are \d+ memories", printed)
     assert printed.count("\n> ") == 2
@@ -59,7 +25,7 @@ def test_the_chat_demo_answers_from_memories():
 
 
 def test_both_frameworks_answer_from_memories_made_online():
-    printed = run("online_compression.py")
+    printed = run_demo("online_compression.py")
 
     (langchain,) = re.findall(r"LangChain: (.+)", printed)
     (llama_index,) = re.findall(r"LlamaIndex: (.+)", printed)
