@@ -380,6 +380,8 @@ class SoftRAGModel(PreTrainedModel):
                 AutoModel, source, "compressor", torch.float32, torch.device("cpu")
             )
         try:
+            if load_compressor and config.stores_compressor:
+                compressor = _empty_compressor(config, compressor_dtype, target)
             with no_init_weights():  # Whatever is built here is filled below.
                 model = cls(
                     config,
@@ -962,6 +964,21 @@ def _keep_layers(model: LanguageModel, layers: int) -> None:
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:layers]
+
+
+def _empty_compressor(
+    config: SoftRAGConfig, dtype: torch.dtype, device: torch.device
+) -> LanguageModel:
+    """Make room, where it is needed, for a compressor that the checkpoint holds whole."""
+    shape = config.sub_config("compressor")
+    if config.compressor_layers is not None:
+        shape.num_hidden_layers = config.compressor_layers
+        if getattr(shape, "layer_types", None):
+            shape.layer_types = shape.layer_types[: config.compressor_layers]
+    # The fingerprint is of weights rounded to bfloat16 at most.
+    kept = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+    with device, no_init_weights():
+        return AutoModel.from_config(shape, dtype=kept)
 
 
 def _load_base(

@@ -38,6 +38,7 @@ def convert(
     from softrag.checkpoint import read_config
     from softrag.cli.show import print_json
     from softrag.convert import convert as convert_checkpoint
+    from softrag.export import served_name
 
     hush_transformers()
     written = convert_checkpoint(
@@ -50,12 +51,26 @@ def convert(
     )
     fingerprint = read_config(written).fingerprint
     decoder = str(written / "decoder") if merge else None
+    command = (
+        f"vllm serve {decoder} --served-model-name {served_name(written)} --enable-prompt-embeds"
+    )
     if json:
-        print_json({"folder": str(written), "decoder": decoder, "fingerprint": fingerprint})
+        print_json(
+            {
+                "folder": str(written),
+                "fingerprint": fingerprint,
+                "decoder": decoder,
+                "command": command if merge else None,
+            }
+        )
         return
     # soft_wrap: paths must stay whole to be copied.
     Console().print(Text(f"Wrote {written}, fingerprint {fingerprint}."), soft_wrap=True)
     if merge:
         Console().print(
-            Text(f"The merged decoder is in {decoder}; its logits were checked."), soft_wrap=True
+            Text(
+                f"The merged decoder is in {decoder}; its logits were checked. "
+                f"Serve it in vLLM's environment:\n  {command}"
+            ),
+            soft_wrap=True,
         )

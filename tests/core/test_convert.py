@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from softrag.card import read_licence
 from softrag.cli.app import app
+from softrag.compressor import Compressor
 from softrag.convert import convert
+from softrag.decoder.prompts import PromptBuilder
 from softrag.errors import CheckpointError
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt, RagPrompt
@@ -110,6 +112,26 @@ def test_the_merged_decoder_is_a_plain_model_with_the_originals_logits(
         hub.decoder.set_adapter("encoder_adapter")
         other = hub.decoder(ids).logits
     assert (plain(ids).logits - other).abs().max() > 0.01
+
+
+def test_prompts_for_a_server_are_those_of_the_model(tmp_path: Path) -> None:
+    hub = build_hub(tmp_path / "source")
+    own = convert(hub.folder, tmp_path / "own", merge=True)
+    model = load(own)
+    (memory,) = Compressor(model).compress(DOCUMENTS[:1])
+
+    builder = PromptBuilder.from_pretrained(own)
+    built = builder.build(QUESTION, [memory, memory])
+    sent = builder.load_embeddings(own / "decoder").embed(built)
+
+    ids = torch.tensor([hub.prompt_ids(QUESTION, 2)])
+    soft_tokens = torch.cat([memory.values.float()] * 2)
+    with torch.no_grad():
+        expected = model.embed_prompt(ids, torch.ones_like(ids), soft_tokens)[0]
+    assert built.input_ids == ids[0].tolist()
+    assert torch.equal(sent, expected)
+    with pytest.raises(ValueError, match="Export it first"):
+        builder.load_embeddings()
 
 
 def test_a_merge_is_refused_where_the_adapters_are_empty(tmp_path: Path) -> None:
