@@ -1,7 +1,7 @@
 """python demos/online_compression.py [CHECKPOINT]: answer from documents that no store has seen.
 
-Their memories are made when the question is asked, as for the results of a web search. With an
-OSCAR checkpoint they are made for the question.
+Their memories are made when the question is asked, as for the results of a web search, and, with an
+OSCAR checkpoint such as the default, for the question.
 """
 
 import sys
@@ -46,7 +46,7 @@ def with_llama_index(engine: SoftRAG) -> str:
 
 
 if __name__ == "__main__":
-    checkpoint = sys.argv[1] if len(sys.argv) > 1 else "softrag-demo"
+    checkpoint = sys.argv[1] if len(sys.argv) > 1 else "softrag-demo-oscar"
     with SoftRAG.from_pretrained(checkpoint) as engine:
         print("LangChain:", with_langchain(engine))
         print("LlamaIndex:", with_llama_index(engine))

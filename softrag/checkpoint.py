@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEMO_MODEL = "softrag-demo"
-"""Name of the small model that comes with the package."""
+DEMO_MODELS = {"softrag-demo": "checkpoint", "softrag-demo-oscar": "checkpoint_oscar"}
+"""The small models that come with the package, and their folders: the second is query-dependent."""
 
 STORAGES = ("full", "int8")
 _DIFFERENCE, _SCALE = ".difference", ".difference_scale"
@@ -72,14 +72,14 @@ class Source:
 
 
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint: the path itself, the demo's, or a hub download's.
+    """Return the folder of a checkpoint: the path itself, a demo model's, or a hub download's.
 
     Raises:
         CheckpointError: Neither a folder with a config.json nor a reachable hub name.
     """
     path = Path(name)
-    if str(name) == DEMO_MODEL:
-        path = Path(__file__).parent / "demo" / "checkpoint"
+    if str(name) in DEMO_MODELS:
+        path = Path(__file__).parent / "demo" / DEMO_MODELS[str(name)]
     if path.is_dir():
         if not (path / _CONFIG).is_file():
             raise CheckpointError(
