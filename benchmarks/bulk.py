@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +50,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    # The sink is on this machine, whatever proxy leads out of it.
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
@@ -97,6 +102,7 @@ class Bench:
             chunk_tokens=TOKENS,
         )
         marks: list[Progress] = []
+        say(f"{case}: store at {location}")
         loading = time.perf_counter()
         report = index_files(
             [documents], setup=setup, workers=gpus * each,
@@ -245,6 +251,7 @@ def start_sink(path: Path):  # noqa: ANN201 - (url, stop)
     ours, theirs = context.Pipe()
     process = context.Process(target=run_sink, args=(path, theirs), daemon=True)
     process.start()
+    theirs.close()  # so that its death is noticed
     port = ours.recv()
 
     def stop() -> None:

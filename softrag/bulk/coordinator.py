@@ -7,6 +7,7 @@ that is stored twice is stored once.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import Counter, deque
@@ -25,6 +26,8 @@ from softrag.bulk.worker import Address
 from softrag.documents import Chunk
 from softrag.indexing import Tally
 from softrag.store import MemoryStore
+
+logger = logging.getLogger(__name__)
 
 # How many workers a share may kill before it is left out.
 ATTEMPTS = 3
@@ -135,6 +138,8 @@ class Coordinator:
         """Answer one worker until it is gone."""
         channel = Channel(connection)
         share: Share | None = None
+        with self._changed:
+            self._workers += 1
         try:
             while True:
                 message = channel.receive()
@@ -161,8 +166,7 @@ class Coordinator:
 
     def _answer(self, message: dict[str, Any], channel: Channel) -> dict[str, Any]:
         if message["do"] == "hello":
-            with self._changed:
-                self._workers += 1
+            logger.info("a worker is here and loads its model")
             return {"record": asdict(self._store.record) if self._store else None}
         assert self._store is not None
         if message["do"] == "missing":
@@ -176,6 +180,7 @@ class Coordinator:
         with self._changed:
             if self._started is None:
                 self._started = perf_counter()
+                logger.info("the first worker is ready")
             while not self._is_done():
                 share = self._next_share()
                 if share is not None:

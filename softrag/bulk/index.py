@@ -170,7 +170,7 @@ def _open_store(setup: WorkerSetup) -> MemoryStore:
 
 def _run_workers(coordinator: Coordinator, setup: WorkerSetup, count: int) -> int:
     """Keep `count` workers alive until all is done. Return how many were replaced."""
-    context = _process_context()
+    context = _process_context(setup)
 
     def start(number: int) -> BaseProcess:
         process = context.Process(
@@ -211,9 +211,11 @@ def _run_workers(coordinator: Coordinator, setup: WorkerSetup, count: int) -> in
     return restarts
 
 
-def _process_context() -> SpawnContext | ForkServerContext:
+def _process_context(setup: WorkerSetup) -> SpawnContext | ForkServerContext:
     """Return what starts workers: never forks of this process, with its threads, locks and GPU."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    # What a library asks the GPU's driver while it is imported must not be inherited either.
+    on_cpu = setup.device_of(0) == "cpu"
+    if not on_cpu or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # One clean process imports the libraries (seconds), and all workers are forked from it.
