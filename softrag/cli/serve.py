@@ -11,11 +11,14 @@ from rich.console import Console
 from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Collection,
     Decoder,
     Device,
     Fallback,
+    Grpc,
     Json,
     Model,
+    Rate,
     Store,
     load_engine,
 )
@@ -25,6 +28,9 @@ def serve(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    collection: Collection = "softrag",
+    grpc: Grpc = False,
+    rate: Rate = None,
     decoder: Decoder = "torch",
     fallback: Fallback = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -89,7 +95,19 @@ def serve(
 
     # Every tenant has a store of its own; this one only holds the model.
     with load_engine(
-        model, ":memory:", device=device, decoder=decoder, create=True, fallback=fallback
+        model,
+        ":memory:",
+        device=device,
+        decoder=decoder,
+        create=True,
+        fallback=fallback,
+        rate=rate,
     ) as engine:
-        tenants = open_tenants(engine, store, allowed.tenants if allowed else [""])
+        tenants = open_tenants(
+            engine,
+            store,
+            allowed.tenants if allowed else [""],
+            collection=collection,
+            prefer_grpc=grpc,
+        )
         run(build_server(tenants, settings, on_start=announce, quiet=json))

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from softrag.answer import Timings
+from softrag.answer import Mode, Timings
 from softrag.asynchronous import AsyncAnswerStream
 from softrag.documents import Hit
 from softrag.serve.errors import ApiError, api_error
@@ -145,7 +145,7 @@ class _Reply:
                 )
             ],
             usage=Usage.of(answer),
-            softrag=self._fields(answer.sources, answer.timings),
+            softrag=self._fields(answer.sources, answer.mode, answer.timings),
         )
 
     async def events(
@@ -159,7 +159,7 @@ class _Reply:
         try:
             yield self._event(
                 [ChunkChoice(delta=Delta(role="assistant", content=""))],
-                softrag=self._fields(stream.sources),
+                softrag=self._fields(stream.sources, self._asked.softrag.mode),
             )
             while piece is not None:
                 yield self._event([ChunkChoice(delta=Delta(content=piece))])
@@ -167,7 +167,7 @@ class _Reply:
             answer = stream.answer
             yield self._event(
                 [ChunkChoice(delta=Delta(), finish_reason=answer.finish_reason)],
-                softrag=self._fields(answer.sources, answer.timings),
+                softrag=self._fields(answer.sources, answer.mode, answer.timings),
             )
             options = self._asked.stream_options
             if options is not None and options.include_usage:
@@ -195,10 +195,12 @@ class _Reply:
         )
         return f"data: {chunk.model_dump_json()}\n\n"
 
-    def _fields(self, sources: list[Hit], timings: Timings | None = None) -> SoftRAGFields:
+    def _fields(
+        self, sources: list[Hit], mode: Mode, timings: Timings | None = None
+    ) -> SoftRAGFields:
         return SoftRAGFields(
             sources=[Source.of(hit) for hit in sources],
-            mode=self._asked.softrag.mode,
+            mode=mode,
             unread_messages=len(self._asked.messages) - 1,
             timings=timings,
         )

@@ -17,30 +17,40 @@ from softrag.serve.settings import ServeSettings
 from softrag.store import MemoryStore
 
 
-def open_tenants(engine: SoftRAG, location: str, tenants: Iterable[str]) -> dict[str, SoftRAG]:
+def open_tenants(
+    engine: SoftRAG,
+    location: str,
+    tenants: Iterable[str],
+    *,
+    collection: str = "softrag",
+    prefer_grpc: bool = False,
+) -> dict[str, SoftRAG]:
     """Open a store for every tenant, with one model for all.
 
     The default tenant has the store itself, every other one a folder in it, `tenants/NAME`, or on
-    a Qdrant server a collection of its own, `softrag_NAME`.
+    a Qdrant server a collection of its own, `COLLECTION_NAME`.
 
     Args:
         engine: Its model, embedder and decoder are used, its store is not.
         location: A folder or a Qdrant URL.
         tenants: Their names, checked by `Keys`.
+        collection: Of the default tenant; begins the names of the others' on a server.
+        prefer_grpc: Talk gRPC to a server.
     """
     maker = engine.compressor or engine.decoder
     assert maker is not None
     engines: dict[str, SoftRAG] = {}
     for tenant in sorted(tenants):
-        place, collection = location, "softrag"
+        place, own = location, collection
         if tenant != DEFAULT_TENANT:
             if "://" in location:
-                collection = f"softrag_{tenant}"
+                own = f"{collection}_{tenant}"
             else:
                 place = str(Path(location) / "tenants" / tenant)
         store = MemoryStore.open(
             place,
-            collection=collection,
+            collection=own,
+            prefer_grpc=prefer_grpc,
             fingerprint=maker.fingerprint,
             embedder=engine.embedder.name,
             dimension=engine.embedder.dimension,
