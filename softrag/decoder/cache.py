@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 PAGE = 32
@@ -33,10 +34,8 @@ class PagePool:
         device: torch.device,
     ) -> None:
         shape = (layers, pages + 1, kv_heads, PAGE, head_dim)
-        # Zeros on a GPU: what is masked is multiplied by zero, which NaN would survive. On a CPU
-        # zeros cost nothing before they are touched.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Zeros, because what is masked is multiplied by zero, which NaN would survive.
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.size = pages
         # Last in, first out: pages touched lately are the ones in memory.
         self._free = list(range(pages, 0, -1))
@@ -61,6 +60,14 @@ class PagePool:
     def give_back(self, pages: list[int]) -> None:
         """Take pages back."""
         self._free.extend(reversed(pages))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros cost no memory before they are touched; torch's do.
+    raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype)
 
 
 def pages_for(tokens: int) -> int:

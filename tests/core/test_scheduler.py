@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import resource
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder, runner
+from softrag.decoder.cache import PagePool
 from tests.checkpoints import build_model
 from tests.families import SENTENCES
 
@@ -179,3 +182,24 @@ def watch_steps(decoder):
     step = stepper.step
     stepper.step = lambda new: (steps.append((stepper.rows, len(new))), step(new))[1]
     return steps
+
+
+def test_pages_that_are_not_used_cost_no_memory_on_a_cpu():
+    before = resident_bytes()
+    pool = PagePool(
+        layers=8,
+        kv_heads=4,
+        head_dim=64,
+        pages=4096,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+
+    assert pool.nbytes > 2**30
+    assert pool.keys.dtype == torch.bfloat16
+    assert resident_bytes() - before < 2**27
+
+
+def resident_bytes():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
