@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.vllm.questions import ask_demo
 from tests.vllm.server import VLLMProcess
 
 CONCURRENT = 32
-ROUNDS = 3
+ROUNDS = 2
 PACKAGES = ("torch", "transformers", "softrag-memory")
 EMBEDS = ("--enable-prompt-embeds",)
 Note = Callable[..., None]
@@ -44,14 +45,13 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the environment with vLLM")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--in-process", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--store", default=":memory:", help="folder to keep the index in")
     options = parser.parse_args()
     if options.in_process:
         answer_in_process(options.in_process, options.out)
         return
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    results: list[dict] = []
-    note = noter(results, options.python)
-    requests = ask_demo()
+    note = noter(options.out, options.python)
+    requests = ask_demo(store=options.store)
     torch_fp32 = load_torch(torch.float32)
     expected = torch_fp32.generate(requests)
     exported = cached_export("softrag-demo", dtype=torch.float32)
@@ -59,24 +59,27 @@ def main() -> None:
     with serve(exported, EMBEDS, "float32", options.python) as server:
         with open_url(server) as decoder:
             equal(note, "HTTP, float32", expected, decoder.generate(requests))
-            speed(note, "float32", torch_fp32, decoder, requests)
             bytes_per_question(note, "complete embeddings", decoder, requests)
-            further(note, decoder, torch_fp32, requests)
             killed(note, decoder, server, requests)
+            further(note, decoder, torch_fp32, requests)
     with serve(exported, VLLMProcess.PLUGIN_FLAGS, "float32", options.python) as server:
         with open_url(server, send_once=True) as decoder:
             bytes_per_question(note, "plugin, memories new", decoder, requests)
             bytes_per_question(note, "plugin, memories known", decoder, requests)
             equal(note, "plugin, float32", expected, decoder.generate(requests))
-            rate = best(lambda: decoder.generate(fixed(requests)), decoder)
-            note("plugin, float32: 32 tokens each", CONCURRENT / rate, "answers/s")
     equal(note, "in process, float32", expected, run_in_process(options.python, requests))
     bf16(note, options.python, requests)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for dtype in (torch.float32, torch.bfloat16):
+        exported = cached_export("softrag-demo", dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
+        with serve(exported, EMBEDS, name, options.python) as server, open_url(server) as decoder:
+            speed(note, dtype, decoder, requests)
 
 
-def noter(results: list[dict], python: str) -> Note:
-    """Return a function that keeps and prints a figure."""
+def noter(out: Path, python: str) -> Note:
+    """Return a function that prints a figure and adds it to the result file."""
+    results: list[dict] = []
     code = "import vllm, transformers as t; print(vllm.__version__, t.__version__)"
     printed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     theirs = printed.stdout.split()[-2:]
@@ -102,16 +105,17 @@ def noter(results: list[dict], python: str) -> Note:
             }
         )
         print(f"{name}: {value:.4g} {unit}", flush=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
     return note
 
 
-def load_torch(dtype: torch.dtype) -> TorchDecoder:
-    """Load the decoder in this process."""
+def load_torch(dtype: torch.dtype, *, fused: bool = True) -> TorchDecoder:
+    """Load the decoder in this process: continuous batches, or not `fused` static ones."""
     model = SoftRAGModel.from_pretrained(
         "softrag-demo", load_compressor=False, dtype=dtype, device="cpu"
     )
-    return TorchDecoder(model)
+    return TorchDecoder(model, fused=fused)
 
 
 def serve(exported: Path, flags: Sequence[str], dtype: str, python: str) -> VLLMProcess:
@@ -162,12 +166,13 @@ def mixed(requests: Sequence[DecodeRequest]) -> list[DecodeRequest]:
 @contextmanager
 def endless(*decoders: TorchDecoder | VLLMDecoder) -> Iterator[None]:
     """Let no token end an answer."""
-    kept = [decoder._end_ids for decoder in decoders]
-    for decoder, ends in zip(decoders, kept, strict=True):
-        decoder._end_ids = type(ends)()
+    holders = [each if isinstance(each, VLLMDecoder) else each._engine for each in decoders]
+    kept = [holder._end_ids for holder in holders]
+    for holder, ends in zip(holders, kept, strict=True):
+        holder._end_ids = type(ends)()
     yield
-    for decoder, ends in zip(decoders, kept, strict=True):
-        decoder._end_ids = ends
+    for holder, ends in zip(holders, kept, strict=True):
+        holder._end_ids = ends
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -177,44 +182,31 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def best(run: Callable[[], object], *decoders: TorchDecoder | VLLMDecoder) -> float:
-    """Return the median seconds of endless answers."""
-    with endless(*decoders):
-        return statistics.median(timed(run) for _ in range(ROUNDS))
-
-
 def speed(
-    note: Note,
-    dtype: str,
-    in_process: TorchDecoder,
-    decoder: VLLMDecoder,
-    requests: Sequence[DecodeRequest],
+    note: Note, dtype: torch.dtype, decoder: VLLMDecoder, requests: Sequence[DecodeRequest]
 ) -> None:
-    """Note answers per second of both, and their ratio."""
-    with endless(in_process, decoder):
-        measured = {
-            "32 tokens each": take_turns(in_process, decoder, fixed(requests)),
-            "4 to 64 tokens": take_turns(in_process, decoder, mixed(requests)),
-        }
-    measured["as they end"] = take_turns(in_process, decoder, requests[:CONCURRENT])
-    for name, (ours, theirs) in measured.items():
-        note(f"static batch in process, {dtype}: {name}", CONCURRENT / ours, "answers/s")
-        note(f"vLLM over HTTP, {dtype}: {name}", CONCURRENT / theirs, "answers/s")
-        note(
-            f"vLLM over HTTP, {dtype}: {name}, times the static batch", ours / theirs, "ratio", 1.8
-        )
+    """Note answers per second of vLLM and of this process, and their ratio.
 
-
-def take_turns(
-    in_process: TorchDecoder, decoder: VLLMDecoder, load: Sequence[DecodeRequest]
-) -> tuple[float, float]:
-    """Return the median seconds of both, measured in turns: other work slows both alike."""
-    pairs = [
-        (timed(lambda: in_process.generate(load)), timed(lambda: decoder.generate(load)))
-        for _ in range(ROUNDS)
-    ]
-    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return ours, theirs
+    In turns, so that other work on the machine slows all alike.
+    """
+    name = str(dtype).removeprefix("torch.")
+    rivals = {
+        "static batch in process": load_torch(dtype, fused=False),
+        "continuous batch in process": load_torch(dtype),
+        "vLLM over HTTP": decoder,
+    }
+    loads = {"32 tokens each": fixed(requests), "4 to 64 tokens": mixed(requests)}
+    for kind, load in loads.items():
+        seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
+        with endless(*rivals.values()):
+            for _ in range(ROUNDS):
+                for rival, each in rivals.items():
+                    seconds[rival].append(timed(partial(each.generate, load)))
+        best_of = {rival: min(each) for rival, each in seconds.items()}
+        for rival, each in best_of.items():
+            note(f"{rival}, {name}, {kind}", CONCURRENT / each, "answers/s")
+        ratio = best_of["static batch in process"] / best_of["vLLM over HTTP"]
+        note(f"vLLM over HTTP, {name}, {kind}, times the static batch", ratio, "ratio", 1.8)
 
 
 def bytes_per_question(
@@ -342,15 +334,15 @@ def bf16(note: Note, python: str, requests: Sequence[DecodeRequest]) -> None:
         equal_share = same(results, expected)
         note("HTTP, bfloat16: answers equal to the decoder in process", equal_share,
              f"of {len(expected)}")  # fmt: skip
+        eager = load_torch(torch.bfloat16, fused=False)
         gaps = [
-            top_two_gap(in_process, request, ours.text, theirs.text)
+            top_two_gap(eager, request, ours.text, theirs.text)
             for request, ours, theirs in zip(requests, expected, results, strict=True)
             if ours.text != theirs.text
         ]
         if gaps:
             note("bfloat16: largest gap of the two best logits where answers part", max(gaps),
                  "logits")  # fmt: skip
-        speed(note, "bfloat16", in_process, decoder, requests)
 
 
 @torch.no_grad()

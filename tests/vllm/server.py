@@ -67,7 +67,7 @@ class VLLMProcess:
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.NamedTemporaryFile()
         # A session of its own: killing it takes the engine's processes along.
         self._process = subprocess.Popen(
             self._command,
@@ -91,8 +91,7 @@ class VLLMProcess:
 
     def log(self) -> str:
         """Return what it has written so far."""
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace")
+        return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
         """Kill it and its engine at once, as a crash would."""
