@@ -153,30 +153,36 @@ def load(checkpoint: Path, device: str) -> dict[str, object]:
 
 
 class Peak:
-    """The most host memory this process has while it runs, above what it starts with."""
+    """The most host memory this process has while it runs, above what it starts with.
+
+    Sampled every 10 ms: not every kernel lets a process reset its own high-water mark.
+    """
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak so far.
-        self._start = _status("VmRSS"), _status("RssAnon")
-        self._anonymous = 0
+        self._start = _host_memory()
+        self._most = self._start
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def stop(self) -> tuple[int, int]:
+    def stop(self) -> tuple[int, int | None]:
         """Return the peaks with and without mapped files, in bytes."""
         self._done.set()
         self._thread.join()
-        return _status("VmHWM") - self._start[0], self._anonymous - self._start[1]
+        above = [most - start for most, start in zip(self._most, self._start, strict=True)]
+        return above[0], above[1] if self._start[1] else None
 
     def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self._anonymous = max(self._anonymous, _status("RssAnon"))
+        while not self._done.wait(0.01):
+            now = _host_memory()
+            self._most = max(self._most[0], now[0]), max(self._most[1], now[1])
 
 
-def _status(name: str) -> int:
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(name))
-    return int(line.split()[1]) * 1024
+def _host_memory() -> tuple[int, int]:
+    """Return this process's memory with and without mapped files; 0 where the kernel won't say."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    found = {words[0]: int(words[1]) * 1024 for words in lines if words and words[-1] == "kB"}
+    return found.get("VmRSS:", 0), found.get("RssAnon:", 0)
 
 
 def main() -> None:
