@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import time
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -298,6 +301,29 @@ def test_workers_compress_at_the_rate_asked_for(corpus, tmp_path):
     ) as engine:
         (hit,) = engine.store.scroll()
     assert len(values) == -(-hit.memory.n_document_tokens // 2)
+
+
+def test_an_actor_of_the_ray_recipe_stores_a_batch_once(tmp_path, monkeypatch):
+    # Ray only moves batches to it; that is tried by hand, because Ray is no dependency.
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    recipe = runpy.run_path(str(ROOT / "demos" / "ray_index.py"))
+    batch = {
+        "text": np.array(SENTENCES[:3], dtype=object),
+        "source": np.array(["a", "b", None], dtype=object),
+    }
+
+    actor = recipe["Index"](setup(tmp_path / "store"))
+    first, second = actor(batch), actor(batch)
+    actor.indexer.store.close()
+
+    assert first == {
+        "documents": [3],
+        "chunks_added": [3],
+        "chunks_unchanged": [0],
+        "left_out": [0],
+    }
+    assert (second["chunks_added"], second["chunks_unchanged"]) == ([0], [3])
+    assert {said[1] for said in contents(tmp_path / "store").values()} == {"a", "b", None}
 
 
 # Pruning
