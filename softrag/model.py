@@ -8,19 +8,17 @@ OSCAR (Louis et al., ICLR 2026, arXiv 2504.07109).
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,21 +27,31 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softrag import checkpoint, layouts
 from softrag.adapters import add_lora, is_lora_weight, merge_lora
-from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model, shape_of
+from softrag.backbones import (
+    LanguageModel,
+    choose_dtypes,
+    embeddings_name,
+    empty_compressor,
+    give_vocabulary,
+    keep_layers,
+    load_base,
+    load_tokenizer,
+    share_backbone,
+)
+from softrag.base_models import quiet_loading, resolve_base_model, shape_of
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
 from softrag.errors import CheckpointError, PlaceholderMismatchError
 from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
-from softrag.layouts import base_model_error
 from softrag.packing import PACKED_ATTENTION, Packed, can_pack, pack, run_packed, send
 from softrag.prompt import (
     AUTO_ENCODING_TOKEN,
     MEMORY_TOKEN,
     RERANK_TOKEN,
     add_rerank_token,
-    add_special_tokens,
     token_id,
 )
+from softrag.windows import Windows, expand_spans, find_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +63,6 @@ _NEW_WEIGHTS = (
     "auto_encoding_embedding",
     "rerank_",
 )
-
-# A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
-LanguageModel = Any
 
 
 class Compressed(NamedTuple):
@@ -137,19 +142,19 @@ class SoftRAGModel(PreTrainedModel):
         if decoder is None and (load_decoder or config.shares_backbone):
             decoder = AutoModelForCausalLM.from_config(config.sub_config("decoder"))
         if decoder is not None:
-            _give_vocabulary(decoder, config.decoder_vocabulary)
-            self._embeddings_name = f"decoder.{_embeddings_name(decoder)}"
+            give_vocabulary(decoder, config.decoder_vocabulary)
+            self._embeddings_name = f"decoder.{embeddings_name(decoder)}"
         if load_compressor and compressor is None:
             compressor = (
-                _share_backbone(decoder)
+                share_backbone(decoder)
                 if config.shares_backbone and decoder is not None
                 else AutoModel.from_config(config.sub_config("compressor"))
             )
         if compressor is not None:
             if not config.shares_backbone:
-                _give_vocabulary(compressor, config.compressor_vocabulary)
+                give_vocabulary(compressor, config.compressor_vocabulary)
             if config.compressor_layers is not None:
-                _keep_layers(compressor, config.compressor_layers)
+                keep_layers(compressor, config.compressor_layers)
             if not config.compressor_norm:
                 compressor.norm = nn.Identity()
         self.decoder = decoder if load_decoder else None
@@ -267,10 +272,10 @@ class SoftRAGModel(PreTrainedModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config, decoder, compressor)
-            model.compressor_tokenizer = _load_tokenizer(compressor_path, config)
+            model.compressor_tokenizer = load_tokenizer(compressor_path, config)
             if config.rerank:
                 add_rerank_token(model.compressor_tokenizer)
-            model.decoder_tokenizer = _load_tokenizer(decoder_path, config)
+            model.decoder_tokenizer = load_tokenizer(decoder_path, config)
             model._initialise_new_weights()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -370,18 +375,18 @@ class SoftRAGModel(PreTrainedModel):
                 )
             )
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        decoder_dtype, compressor_dtype = _choose_dtypes(config, dtype, target)
+        decoder_dtype, compressor_dtype = choose_dtypes(config, dtype, target)
         decoder = compressor = None
         if load_decoder or config.shares_backbone:
-            decoder = _load_base(AutoModelForCausalLM, source, "decoder", decoder_dtype, target)
+            decoder = load_base(AutoModelForCausalLM, source, "decoder", decoder_dtype, target)
         if load_compressor and not config.shares_backbone and not config.stores_compressor:
             # In float32 first: stored differences are added to the base weights before rounding.
-            compressor = _load_base(
+            compressor = load_base(
                 AutoModel, source, "compressor", torch.float32, torch.device("cpu")
             )
         try:
             if load_compressor and config.stores_compressor:
-                compressor = _empty_compressor(config, compressor_dtype, target)
+                compressor = empty_compressor(config, compressor_dtype, target)
             with no_init_weights():  # Whatever is built here is filled below.
                 model = cls(
                     config,
@@ -601,7 +606,7 @@ class SoftRAGModel(PreTrainedModel):
         if self.compressor is None:
             raise ValueError("The compressor was not loaded; use load_compressor=True.")
         device = self.compressor.device
-        is_memory, which = _find_tokens(ids, self.memory_ids)
+        is_memory, which = find_tokens(ids, self.memory_ids)
         is_text = ~is_memory
         at_rerank = None
         if self.config.rerank:
@@ -612,7 +617,7 @@ class SoftRAGModel(PreTrainedModel):
         windows = at_text = None
         if self.config.readout != "memory":
             at_text = is_text.nonzero().squeeze(1)
-            windows = _Windows.of(packed, is_memory, at_text, at_memory).to(device)
+            windows = Windows.of(packed, is_memory, at_text, at_memory).to(device)
             at_text = send(at_text, device)
         which = send(which[at_memory], device)
         packed, at_memory = packed.to(device), send(at_memory, device)
@@ -655,7 +660,7 @@ class SoftRAGModel(PreTrainedModel):
         """
         if self.decoder is None:
             raise ValueError("The decoder was not loaded; use load_decoder=True.")
-        is_memory, _ = _find_tokens(input_ids, self.decoder_memory_ids)
+        is_memory, _ = find_tokens(input_ids, self.decoder_memory_ids)
         is_memory = is_memory & attention_mask.bool()
         is_auto_encoding = input_ids == self.auto_encoding_id
         at_memory = is_memory.flatten().nonzero().squeeze(1)
@@ -818,9 +823,9 @@ class SoftRAGModel(PreTrainedModel):
         compressed = self.compress_and_score(input_ids, attention_mask)
         if document_index is None:
             return compressed
-        is_memory, _ = _find_tokens(input_ids, self.memory_ids)
+        is_memory, _ = find_tokens(input_ids, self.memory_ids)
         counts = (is_memory & attention_mask.bool()).sum(dim=1)
-        used = compressed.soft_tokens[_expand_spans(counts, document_index)]
+        used = compressed.soft_tokens[expand_spans(counts, document_index)]
         return Compressed(used, compressed.scores)
 
     def _compute_dtype(self, embeddings: torch.Tensor) -> torch.dtype:
@@ -870,148 +875,8 @@ class _Read(NamedTuple):
     rerank: torch.Tensor | None
 
 
-class _Windows:
-    """Which memory token each text token belongs to: equal windows of its row."""
-
-    def __init__(self, owner: torch.Tensor, count: torch.Tensor, end: torch.Tensor) -> None:
-        self.owner = owner  # (text,) index of the memory token
-        self.count = count  # (memory,) tokens of each window
-        self.end = end  # (memory,) position of each window's last token
-
-    @classmethod
-    def of(
-        cls, packed: Packed, is_memory: torch.Tensor, at_text: torch.Tensor, at_memory: torch.Tensor
-    ) -> _Windows:
-        rows = len(packed.lengths)
-        zeros = torch.zeros(rows, dtype=torch.long, device=is_memory.device)
-        per_row = zeros.index_add(0, packed.row, is_memory.long())
-        first = per_row.cumsum(0) - per_row
-        row = packed.row[at_text]
-        text_per_row = zeros.index_add(0, row, torch.ones_like(row))
-        # Rank among the row's text tokens; the memory tokens may stand anywhere.
-        rank = (
-            torch.arange(len(at_text), device=row.device)
-            - (text_per_row.cumsum(0) - text_per_row)[row]
-        )
-        # A row without placeholders is read but owns no window.
-        share = (rank * per_row[row]) // text_per_row[row].clamp_min(1)
-        owner = torch.where(per_row[row] > 0, first[row] + share, len(at_memory))
-        extra = zeros.new_zeros(len(at_memory) + 1)
-        count = extra.index_add(0, owner, torch.ones_like(owner))
-        end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")
-        return cls(owner, count[:-1], end[:-1])
-
-    def to(self, device: torch.device) -> _Windows:
-        return _Windows(*(send(part, device) for part in (self.owner, self.count, self.end)))
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average `(text, hidden)` over each window: `(memory, hidden)`; 0 for an empty window."""
-        total = values.new_zeros((len(self.count) + 1, values.shape[-1]))
-        total = total.index_add(0, self.owner, values)[:-1]
-        return total / self.count.clamp_min(1)[:, None].to(values.dtype)
-
-
-def _find_tokens(ids: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tell where any of these tokens stand, and which of them; both in the shape of `ids`."""
-    if len(tokens) == 1:  # The common case waits for no copy to the device.
-        return ids == tokens[0], torch.zeros_like(ids)
-    found = ids[..., None] == torch.tensor(tokens, device=ids.device)
-    return found.any(dim=-1), found.int().argmax(dim=-1)
-
-
-def _expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
-    """Return the soft token indices of documents in the order they are used.
-
-    >>> _expand_spans(torch.tensor([2, 3]), torch.tensor([1, 0, 1]))
-    tensor([2, 3, 4, 0, 1, 2, 3, 4])
-    """
-    first = counts.cumsum(0) - counts
-    lengths = counts[use]
-    starts = first[use].repeat_interleave(lengths)
-    before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return starts + torch.arange(len(starts), device=counts.device) - before
-
-
 def _at(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor | None:
     return None if index is None else states[index]
-
-
-def _give_vocabulary(model: LanguageModel, rows: int | None) -> None:
-    """Give a model room for the embeddings that the checkpoint brings."""
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        with quiet_loading():
-            model.resize_token_embeddings(rows, mean_resizing=False)
-
-
-def _embeddings_name(model: LanguageModel) -> str:
-    embeddings = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is embeddings)
-
-
-def _share_backbone(decoder: LanguageModel) -> LanguageModel:
-    """Return a second module tree over the decoder's own weights, to carry other adapters."""
-    backbone = decoder.base_model
-    return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
-
-
-def _keep_layers(model: LanguageModel, layers: int) -> None:
-    """Drop all but the first layers of a backbone."""
-    available = len(model.layers)
-    if not 1 <= layers <= available:
-        raise ValueError(f"compressor_layers is {layers}; the compressor has {available} layers.")
-    model.layers = model.layers[:layers]
-    # In place: the layers hold this very object, and ask it which attention to use.
-    model.config.num_hidden_layers = layers
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:layers]
-
-
-def _empty_compressor(
-    config: SoftRAGConfig, dtype: torch.dtype, device: torch.device
-) -> LanguageModel:
-    """Make room, where it is needed, for a compressor that the checkpoint holds whole."""
-    shape = config.sub_config("compressor")
-    if config.compressor_layers is not None:
-        shape.num_hidden_layers = config.compressor_layers
-        if getattr(shape, "layer_types", None):
-            shape.layer_types = shape.layer_types[: config.compressor_layers]
-    # The fingerprint is of weights rounded to bfloat16 at most.
-    kept = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
-    with device, no_init_weights():
-        return AutoModel.from_config(shape, dtype=kept)
-
-
-def _load_base(
-    kind: type[AutoModel] | type[AutoModelForCausalLM],
-    source: checkpoint.Source,
-    part: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> LanguageModel:
-    """Load the base model of `"decoder"` or `"compressor"`, straight onto a device.
-
-    Raises:
-        CheckpointError: It is neither where the checkpoint says nor on a reachable hub.
-    """
-    name = str(getattr(source.config, part))
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if device.type != "cpu":
-        # Without a copy on the host: the files are mapped, and read into the device's memory.
-        options["device_map"] = {"": device}
-    if part == "decoder" and source.config.decoder_vocabulary is not None:
-        # The checkpoint may bring a head of its own where the base model has none.
-        options["tie_word_embeddings"] = source.config.sub_config(part).tie_word_embeddings
-    try:
-        with quiet_loading():
-            return kind.from_pretrained(resolve_base_model(name), **options)
-    except (OSError, ValueError) as error:
-        raise base_model_error(source.folder, name, error) from error
-
-
-def _load_tokenizer(path: str, config: SoftRAGConfig) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    add_special_tokens(tokenizer, config)
-    return tokenizer
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:
@@ -1020,20 +885,6 @@ def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:
             "The model has no tokenizers; load it with from_pretrained or build it with from_base."
         )
     return token_id(tokenizer, token)
-
-
-def _choose_dtypes(
-    config: SoftRAGConfig, dtype: torch.dtype | str, device: torch.device
-) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtypes of decoder and compressor."""
-    if isinstance(dtype, torch.dtype):
-        return dtype, dtype
-    if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}; expected 'auto' or a torch.dtype.")
-    if device.type != "cpu":
-        return torch.bfloat16, torch.bfloat16
-    # A backbone that is shared has one dtype, the decoder's.
-    return torch.float32, torch.float32 if config.shares_backbone else fast_dtype(device)
 
 
 AutoModel.register(SoftRAGConfig, SoftRAGModel, exist_ok=True)

@@ -238,16 +238,14 @@ def test_packed_rows_equal_padded_rows(
 
 
 def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Path) -> None:
-    from softrag.model import _Windows
     from softrag.packing import pack
+    from softrag.windows import Windows
 
     # One row of five text tokens and two memory tokens, after padding; then one without memory.
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
     packed = pack(mask)
     is_memory = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]).bool()
-    windows = _Windows.of(
-        packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0]
-    )
+    windows = Windows.of(packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0])
 
     assert windows.owner.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert windows.count.tolist() == [3, 2]

@@ -1,0 +1,84 @@
+"""Which tokens of packed rows belong together. It knows nothing of models."""
+
+from __future__ import annotations
+
+import torch
+
+from softrag.packing import Packed, send
+
+
+class Windows:
+    """Which memory token each text token belongs to: equal windows of its row.
+
+    Args:
+        owner: `(text,)` index of the memory token; one past the last for text without any.
+        count: `(memory,)` tokens of each window.
+        end: `(memory,)` position of each window's last token.
+    """
+
+    def __init__(self, owner: torch.Tensor, count: torch.Tensor, end: torch.Tensor) -> None:
+        self.owner = owner
+        self.count = count
+        self.end = end
+
+    @classmethod
+    def of(
+        cls, packed: Packed, is_memory: torch.Tensor, at_text: torch.Tensor, at_memory: torch.Tensor
+    ) -> Windows:
+        """Lay windows out.
+
+        Args:
+            packed: The rows; T tokens in all.
+            is_memory: `(T,)` where the memory tokens stand.
+            at_text: `(text,)` places of the text tokens.
+            at_memory: `(memory,)` places of the memory tokens.
+        """
+        rows = len(packed.lengths)
+        zeros = torch.zeros(rows, dtype=torch.long, device=is_memory.device)
+        per_row = zeros.index_add(0, packed.row, is_memory.long())
+        first = per_row.cumsum(0) - per_row
+        row = packed.row[at_text]
+        text_per_row = zeros.index_add(0, row, torch.ones_like(row))
+        # Rank among the row's text tokens; the memory tokens may stand anywhere.
+        rank = (
+            torch.arange(len(at_text), device=row.device)
+            - (text_per_row.cumsum(0) - text_per_row)[row]
+        )
+        # A row without placeholders is read but owns no window.
+        share = (rank * per_row[row]) // text_per_row[row].clamp_min(1)
+        owner = torch.where(per_row[row] > 0, first[row] + share, len(at_memory))
+        extra = zeros.new_zeros(len(at_memory) + 1)
+        count = extra.index_add(0, owner, torch.ones_like(owner))
+        end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")
+        return cls(owner, count[:-1], end[:-1])
+
+    def to(self, device: torch.device) -> Windows:
+        """Return the windows on a device."""
+        return Windows(*(send(part, device) for part in (self.owner, self.count, self.end)))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average `(text, hidden)` over each window: `(memory, hidden)`; 0 for an empty window."""
+        total = values.new_zeros((len(self.count) + 1, values.shape[-1]))
+        total = total.index_add(0, self.owner, values)[:-1]
+        return total / self.count.clamp_min(1)[:, None].to(values.dtype)
+
+
+def find_tokens(ids: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell where any of these tokens stand, and which of them; both in the shape of `ids`."""
+    if len(tokens) == 1:  # The common case waits for no copy to the device.
+        return ids == tokens[0], torch.zeros_like(ids)
+    found = ids[..., None] == torch.tensor(tokens, device=ids.device)
+    return found.any(dim=-1), found.int().argmax(dim=-1)
+
+
+def expand_spans(counts: torch.Tensor, use: torch.Tensor) -> torch.Tensor:
+    """Return the soft token indices of documents in the order they are used.
+
+    >>> expand_spans(torch.tensor([2, 3]), torch.tensor([1, 0, 1]))
+    tensor([2, 3, 4, 0, 1, 2, 3, 4])
+    """
+    first = counts.cumsum(0) - counts
+    lengths = counts[use]
+    starts = first[use].repeat_interleave(lengths)
+    before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return starts + torch.arange(len(starts), device=counts.device) - before
