@@ -306,7 +306,7 @@ def test_workers_compress_at_the_rate_asked_for(corpus, tmp_path):
 def test_an_actor_of_the_ray_recipe_stores_a_batch_once(tmp_path, monkeypatch):
     # Ray only moves batches to it; that is tried by hand, because Ray is no dependency.
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
-    recipe = runpy.run_path(str(ROOT / "demos" / "ray_index.py"))
+    recipe = runpy.run_path(str(ROOT / "deploy" / "ray_index.py"))
     batch = {
         "text": np.array(SENTENCES[:3], dtype=object),
         "source": np.array(["a", "b", None], dtype=object),

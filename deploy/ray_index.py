@@ -1,6 +1,6 @@
 """Index with Ray Data on a cluster: readers split files, GPU actors compress and store.
 
-    python demos/ray_index.py s3://bucket/documents/*.jsonl --store http://qdrant:6333 --gpus 8
+    python deploy/ray_index.py s3://bucket/documents/*.jsonl --store http://qdrant:6333 --gpus 8
 
 Needs `pip install 'ray[data]'`. The store must be a Qdrant server: every actor writes to it. Chunks
 are stored under their content address, so Ray's retries and a second run store nothing twice, and
