@@ -1,6 +1,6 @@
 """What the demo model costs on a CPU: indexing, storage, asking.
 
-    python benchmarks/laptop.py --out benchmarks/results/2026-11-23-laptop.json
+    python benchmarks/laptop.py --out benchmarks/results/2026-11-25-laptop.json
 
 Run it on a quiet machine. Chunks are 128 compressor tokens long, cut from the demo corpus.
 """
