@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 DEMO_MODELS = {"softrag-demo": "checkpoint", "softrag-demo-oscar": "checkpoint_oscar"}
 """The small models that come with the package, and their folders: the second is query-dependent."""
 
+COMPRESSOR_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "rerank_")
+DECODER_WEIGHTS = ("auto_encoding_embedding",)
+"""Beginnings of the names of parameters that no base model has, by the part they come with."""
+
 STORAGES = ("full", "int8")
 _DIFFERENCE, _SCALE = ".difference", ".difference_scale"
 _CONFIG = "config.json"
@@ -300,9 +304,9 @@ def load_weights(model: SoftRAGModel, source: Source) -> None:
         for part, prefixes in (
             (
                 model.compressor,
-                ("compressor.", "connector.", "word_projection.", "memory_embedding", "rerank_"),
+                ("compressor.", *COMPRESSOR_WEIGHTS),
             ),
-            (model.decoder, ("decoder.", "auto_encoding_embedding")),
+            (model.decoder, ("decoder.", *DECODER_WEIGHTS)),
         )
         if part is None
         for prefix in prefixes
@@ -435,7 +439,7 @@ def fingerprint(model: SoftRAGModel, trained: dict[str, torch.Tensor] | None = N
     digest.update(_tokenizer_signature(model.compressor_tokenizer))
     trained = model.trained_state() if trained is None else trained
     for name in sorted(trained):
-        if not name.startswith(("decoder.", "auto_encoding_embedding", "rerank_")):
+        if not name.startswith(("decoder.", *DECODER_WEIGHTS, "rerank_")):
             digest.update(name.encode())
             digest.update(_bytes(trained[name]))
     brought = None

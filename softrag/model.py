@@ -55,15 +55,6 @@ from softrag.windows import Windows, expand_spans, find_tokens
 
 logger = logging.getLogger(__name__)
 
-# Parameters that no base model has.
-_NEW_WEIGHTS = (
-    "connector.",
-    "word_projection.",
-    "memory_embedding",
-    "auto_encoding_embedding",
-    "rerank_",
-)
-
 
 class Compressed(NamedTuple):
     """What the compressor makes of documents.
@@ -296,9 +287,8 @@ class SoftRAGModel(PreTrainedModel):
         if self.config.readout == "words":
             # Two models of one family share their words' embeddings; others learn from nothing.
             same = words.shape == embeddings.shape and torch.equal(words, embeddings)
-            nn.init.eye_(self.word_projection.weight) if same else nn.init.zeros_(
-                self.word_projection.weight
-            )
+            initialise = nn.init.eye_ if same else nn.init.zeros_
+            initialise(self.word_projection.weight)
         if isinstance(self.connector, Connector):
             # Random documents are enough to find the size of the compressor's states.
             ids = torch.randint(0, len(words), (8, 64), device=words.device)
@@ -471,7 +461,7 @@ class SoftRAGModel(PreTrainedModel):
         return {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
 
     def _is_trained(self, name: str) -> bool:
-        if name.startswith(_NEW_WEIGHTS):
+        if name.startswith(checkpoint.COMPRESSOR_WEIGHTS + checkpoint.DECODER_WEIGHTS):
             return True
         if is_lora_weight(name):
             return True

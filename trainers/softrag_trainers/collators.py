@@ -381,11 +381,8 @@ class PretrainingCollator(MemoryCollator):
     def _gap(self, chunk: list[int]) -> tuple[str, str] | None:
         """Return a part of a sentence with a gap, and what fills it; None: nothing to leave out."""
         text = str(self.document_prompt.tokenizer.decode(chunk))
-        found = [
-            (sentence.group().strip(), match)
-            for sentence in _SENTENCE.finditer(text)
-            for match in _ASKED_FOR.finditer(sentence.group().strip())
-        ]
+        sentences = (sentence.strip() for sentence in _SENTENCE.findall(text))
+        found = [(each, match) for each in sentences for match in _ASKED_FOR.finditer(each)]
         if not found:
             return None
         sentence, match = self.random.choice(found)
