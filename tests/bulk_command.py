@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,15 @@ import softrag.bulk
 from softrag.cli import main
 from tests.bulk_workers import MortalEmbedder
 
+
+def load_late(device: str) -> MortalEmbedder:
+    """Take longer than another process needs for all of the work and its own end."""
+    time.sleep(5)
+    return MortalEmbedder(device)
+
+
 if __name__ == "__main__":
-    softrag.bulk.WorkerSetup = partial(softrag.bulk.WorkerSetup, embedder=MortalEmbedder)
+    late = os.environ.get("LATE_RANK") == os.environ["RANK"]
+    embedder = load_late if late else MortalEmbedder
+    softrag.bulk.WorkerSetup = partial(softrag.bulk.WorkerSetup, embedder=embedder)
     main()

@@ -80,6 +80,7 @@ class Coordinator:
         self._open_shares = 0
         self._nbytes = 0
         self._workers = 0
+        self._gone = 0
         self._started: float | None = None
         self._all_cut = False
         self._error: Exception | None = None
@@ -109,6 +110,11 @@ class Coordinator:
             self._changed.wait_for(self._is_done, timeout)
             if self._error is not None:
                 raise self._error
+
+    def see_off(self, workers: int) -> None:
+        """Wait until `workers` have come and gone; the late ones are told that all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._gone >= workers)
 
     def close(self) -> None:
         """Stop listening; workers that ask for more are told that there is none."""
@@ -187,7 +193,7 @@ class Coordinator:
                     self._open_shares += 1
                     return share
                 # The shares of others may come back.
-                self._changed.wait()
+                self._changed.wait_for(lambda: self._given_back or self._is_done())
             return None
 
     def _next_share(self) -> Share | None:
@@ -219,6 +225,7 @@ class Coordinator:
         """Note that a worker is gone, and give what it had to another."""
         with self._changed:
             self._workers -= 1
+            self._gone += 1
             if share is not None:
                 self._open_shares -= 1
                 self._deaths[share.number] += 1

@@ -100,8 +100,14 @@ def index_files(
         try:
             if world > 1:
                 workers, restarts = world, 0
-                _as_worker(setup, _share_address(coordinator.address))
+                try:
+                    _as_worker(setup, _share_address(coordinator.address))
+                except StoreError:
+                    coordinator.wait()  # raises what went wrong here, in its own words
+                    raise
                 coordinator.wait()
+                # One that still loads its model would take the end of this process for a fault.
+                coordinator.see_off(world)
             else:
                 restarts = _run_workers(coordinator, setup, workers)
             seconds = coordinator.seconds

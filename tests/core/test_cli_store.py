@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -42,24 +43,45 @@ def test_index_with_workers_reports_what_a_million_chunks_cost(tmp_path, folder,
     assert len(json.loads(asked.stdout)["sources"]) == 8
 
 
-def test_index_under_torchrun_has_one_report_and_one_store(tmp_path, folder):  # noqa: F811
-    environment = {
-        **os.environ,
-        "SOFTRAG_STORE": str(tmp_path / "store"),
-        "SOFTRAG_MODEL": str(build_checkpoint()),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-    done = subprocess.run(
-        [*launcher, COMMAND, "index", folder, "--json"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.mark.parametrize("late_rank", ["none", "1"])
+def test_index_under_torchrun_has_one_report_and_one_store(tmp_path, folder, late_rank):  # noqa: F811
+    done = index_under_torchrun(tmp_path / "store", build_checkpoint(), folder, late_rank)
 
     assert done.returncode == 0, done.stderr
     (report,) = map(json.loads, done.stdout.splitlines())
     assert (report["workers"], report["chunks_added"], report["errors"]) == (2, 8, [])
     info = run("store", "info", tmp_path / "store", "--json", store=tmp_path / "store")
     assert json.loads(info.stdout)["chunks"] == 8
+
+
+def test_index_under_torchrun_says_in_its_own_words_what_went_wrong(tmp_path, folder):  # noqa: F811
+    lonely = Path(shutil.copytree(build_checkpoint(), tmp_path / "lonely"))
+    config = json.loads((lonely / "config.json").read_text())
+    (lonely / "config.json").write_text(json.dumps(config | {"compressor": "/nowhere"}))
+
+    done = index_under_torchrun(tmp_path / "store", lonely, folder, late_rank="1")
+
+    assert done.returncode != 0
+    assert "names the base model '/nowhere', which is neither a folder" in done.stderr
+
+
+def index_under_torchrun(
+    store: Path,  # noqa: F811
+    checkpoint: Path,
+    folder: Path,  # noqa: F811
+    late_rank: str,
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "LATE_RANK": late_rank,
+        "SOFTRAG_STORE": str(store),
+        "SOFTRAG_MODEL": str(checkpoint),
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, COMMAND, "index", folder, "--json"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def test_index_prunes_files_that_no_longer_exist_on_request(folder, store):  # noqa: F811
