@@ -24,9 +24,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
-from softrag import DecodeRequest, DecodeResult, Document, SoftRAG
+from softrag import Document, SoftRAG
 from softrag.cli.options import DEMO
+from softrag.decoder.runner import Chosen, NewRow
 
 PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "softrag-memory")
 QUESTIONS = json.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
@@ -150,7 +152,11 @@ async def measure(ask: Ask, batches: list[int], options: argparse.Namespace) -> 
             "longest delay of a thread that only sleeps ms": round(
                 1000 * max(watch.watcher_delays), 1
             ),
-            "batches": list(batches),
+            "requests a step": {
+                "mean": round(mean(batches), 1),
+                "most": max(batches),
+                "steps": len(batches),
+            },
             "full collections s": [s for generation, s in watch.collections if generation == 2],
         }
         runs.append(run)
@@ -162,18 +168,18 @@ async def measure(ask: Ask, batches: list[int], options: argparse.Namespace) -> 
 
 
 def record_batches(engine: SoftRAG) -> list[int]:
-    """Write down how many requests the decoder gets at a time."""
+    """Write down how many requests each of the decoder's steps is made for."""
     assert engine.decoder is not None
     sizes: list[int] = []
-    generate = engine.decoder.generate
+    runner = engine.decoder._engine._runner
+    step = runner.step
 
-    def recorded(requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
-        sizes.append(len(requests))
-        return generate(requests)
+    def recorded(joining: Sequence[NewRow]) -> Chosen:
+        chosen = step(joining)
+        sizes.append(runner.rows)
+        return chosen
 
-    engine.decoder.generate = recorded  # type: ignore[method-assign]
-    if engine._batcher is not None:
-        engine._batcher._run = recorded
+    runner.step = recorded
     return sizes
 
 
