@@ -1,11 +1,13 @@
-"""Base language models as parts of a softrag model: loaded, shared, cut."""
+"""Base language models as parts of a softrag model: loaded, shared, cut, adapted."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -15,13 +17,75 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from softrag import checkpoint
+from softrag.adapters import add_lora
 from softrag.base_models import fast_dtype, quiet_loading, resolve_base_model
 from softrag.config import SoftRAGConfig
 from softrag.layouts import base_model_error
+from softrag.packing import PACKED_ATTENTION, can_pack
 from softrag.prompt import add_special_tokens
+
+logger = logging.getLogger(__name__)
 
 # A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
 LanguageModel = Any
+
+
+def build_decoder(config: SoftRAGConfig, decoder: LanguageModel | None) -> LanguageModel:
+    """Make a base model, or one with random weights where none is given, the config's decoder."""
+    if decoder is None:
+        decoder = AutoModelForCausalLM.from_config(config.sub_config("decoder"))
+    give_vocabulary(decoder, config.decoder_vocabulary)
+    return decoder
+
+
+def build_compressor(
+    config: SoftRAGConfig, compressor: LanguageModel | None, decoder: LanguageModel | None
+) -> LanguageModel:
+    """Make a base model, or the decoder's own or one with random weights, the compressor."""
+    if compressor is None:
+        compressor = (
+            share_backbone(decoder)
+            if config.shares_backbone and decoder is not None
+            else AutoModel.from_config(config.sub_config("compressor"))
+        )
+    if not config.shares_backbone:
+        give_vocabulary(compressor, config.compressor_vocabulary)
+    if config.compressor_layers is not None:
+        keep_layers(compressor, config.compressor_layers)
+    if not config.compressor_norm:
+        compressor.norm = nn.Identity()
+    return compressor
+
+
+def read_without_padding(model: LanguageModel) -> None:
+    """Let a model read packed rows, if its attention can."""
+    backbone = model.base_model
+    if can_pack(backbone):
+        model.set_attn_implementation(PACKED_ATTENTION)
+    else:
+        logger.info("%s can't be packed; batches are padded", type(backbone).__name__)
+
+
+def freeze_and_adapt(
+    config: SoftRAGConfig, decoder: LanguageModel | None, compressor: LanguageModel | None
+) -> None:
+    """Freeze the base vocabulary and what adapters stand in for; add the adapters."""
+    if decoder is not None:
+        # The base weights never change: with adapters they are learned beside them,
+        # without, the decoder is frozen.
+        decoder.requires_grad_(False)
+        if config.decoder_lora is not None:
+            add_lora(decoder.base_model, **config.decoder_lora)
+    if compressor is not None:
+        if config.compressor_lora is not None:
+            compressor.requires_grad_(False)
+            add_lora(compressor, **config.compressor_lora)
+        elif config.shares_backbone:
+            raise ValueError(
+                "A compressor that shares the decoder's backbone learns through adapters: "
+                "set compressor_lora."
+            )
+        compressor.get_input_embeddings().requires_grad_(False)
 
 
 def give_vocabulary(model: LanguageModel, rows: int | None) -> None:

@@ -127,6 +127,30 @@ def run_packed(
     return output.last_hidden_state[0]
 
 
+def run_rows(
+    backbone: PreTrainedModel,
+    embeddings: torch.Tensor,
+    packed: Packed,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Do what `run_packed` does, by padding the rows for a backbone that can't be packed."""
+    if backbone.config._attn_implementation == PACKED_ATTENTION:
+        return run_packed(backbone, embeddings, packed, position_ids)
+    shape = (len(packed.lengths), packed.max_length)
+    slot = packed.row * packed.max_length + packed.position
+    padded = embeddings.new_zeros((shape[0] * shape[1], embeddings.shape[-1]))
+    positions = slot.new_zeros(shape).flatten().index_copy(0, slot, position_ids)
+    output = backbone(
+        inputs_embeds=padded.index_copy(0, slot, embeddings).view(*shape, -1),
+        attention_mask=(
+            torch.arange(shape[1], device=slot.device) < packed.lengths[:, None]
+        ).long(),
+        position_ids=positions.view(shape),
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)[slot]
+
+
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

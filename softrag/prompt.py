@@ -7,7 +7,6 @@ knows nothing of tensors or models.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -395,30 +394,3 @@ class RagPrompt:
                 "set tokenizer.eos_token."
             )
         return int(self.tokenizer.eos_token_id)
-
-
-def prompt_signature(config: SoftRAGConfig) -> str:
-    """Return the document prompt's settings in one canonical string, for the fingerprint.
-
-    Not `rerank`: what stands behind the `<MEM>` tokens decides no memory.
-    """
-    settings = {
-        "document_prompt": config.document_prompt,
-        "rate": config.rate,
-        "memory_tokens": config.memory_tokens,
-        "max_document_tokens": config.max_document_tokens,
-        "query_dependent": config.query_dependent,
-        "readout": config.readout,
-    }
-    # Younger settings count where they are used, so that fingerprints of older models stay.
-    default = SoftRAGConfig()
-    for name in (
-        "compressor_norm",
-        "memory_count",
-        "distinct_memory_tokens",
-        "max_row_tokens",
-        "prompt_encoding",
-    ):
-        if getattr(config, name) != getattr(default, name):
-            settings[name] = getattr(config, name)
-    return json.dumps(settings, sort_keys=True)

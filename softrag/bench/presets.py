@@ -139,7 +139,7 @@ def build_model(
     model.decoder_tokenizer = build_tokenizer(decoder_shape["vocab_size"])
     model.compressor_tokenizer = build_tokenizer(compressor_shape["vocab_size"])
     # Hashing gigabytes of random weights would tell nothing.
-    model._fingerprint = "0" * 32
+    model.fingerprint = "0" * 32
     model.to(device, dtype)  # type: ignore[arg-type]
     return model.eval()
 

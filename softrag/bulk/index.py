@@ -16,9 +16,10 @@ from softrag.answer import AddReport
 from softrag.bulk.coordinator import Coordinator, Progress
 from softrag.bulk.shares import cut_shares
 from softrag.bulk.worker import Address, WorkerSetup, hush_loading, run_worker, work
-from softrag.checkpoint import fingerprint_at_rate, locate, read_config
+from softrag.checkpoint import locate, read_config
 from softrag.errors import CheckpointError, StoreError
 from softrag.files import find_files, vanished
+from softrag.fingerprint import fingerprint_at_rate
 from softrag.indexing import delete_gone
 from softrag.store import MemoryStore
 from softrag.store.connection import is_url

@@ -20,6 +20,7 @@ from softrag.errors import CheckpointError
 from softrag.layouts import hub, research
 from softrag.layouts.base import base_model_error
 from softrag.layouts.summary import Summary
+from softrag.weights import read_json
 
 __all__ = ["base_model_error", "open_source", "summarize"]
 
@@ -74,7 +75,7 @@ def summarize(folder: Path) -> Summary:
 
 def _kind(folder: Path) -> str:
     path = folder / "config.json"
-    kind = checkpoint.read_json(path).get("model_type")
+    kind = read_json(path).get("model_type")
     if kind == SoftRAGConfig.model_type or kind in _OTHERS:
         return str(kind)
     known = ", ".join([SoftRAGConfig.model_type, *_OTHERS])

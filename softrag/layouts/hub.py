@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from softrag.checkpoint import Source, StoredTensor, read_json
+from softrag.checkpoint import Source
 from softrag.config import SHARED, SoftRAGConfig
 from softrag.errors import CheckpointError
 from softrag.layouts.base import BaseModel, around, read_base, with_tokens
@@ -32,6 +32,7 @@ from softrag.layouts.pickled import only_tensors, read_pickled, read_tensors
 from softrag.layouts.renamed import Renamed, checked_rows, memory_rows
 from softrag.layouts.summary import Summary
 from softrag.prompt import AUTO_ENCODING_TOKEN, token_id
+from softrag.weights import StoredTensor, read_json
 
 RAG_PROMPT = {
     "system": (

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from softrag.checkpoint import StoredTensor
 from softrag.config import SoftRAGConfig
 from softrag.errors import CheckpointError
 from softrag.prompt import token_id
+from softrag.weights import StoredTensor
 
 _LORA = re.compile(r"^(?:base_model\.model\.)?(.+\.lora_[AB])(?:\.\w+)?\.weight$")
 

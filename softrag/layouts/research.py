@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from softrag.checkpoint import Source, StoredTensor, read_json, read_safetensors
+from softrag.checkpoint import Source
 from softrag.config import SoftRAGConfig
 from softrag.errors import CheckpointError
 from softrag.layouts.base import around, read_base, read_tokenizer
@@ -27,6 +27,7 @@ from softrag.layouts.pickled import read_tensors
 from softrag.layouts.renamed import Renamed, checked_rows, memory_rows
 from softrag.layouts.summary import Summary
 from softrag.prompt import AUTO_ENCODING_TOKEN, token_id
+from softrag.weights import StoredTensor, read_json, read_safetensors
 
 RAG_PROMPT = {
     "system": (

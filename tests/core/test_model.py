@@ -229,7 +229,7 @@ def test_packed_rows_equal_padded_rows(
     tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = build(tiny_family, **changes)
-    monkeypatch.setattr("softrag.model.can_pack", lambda _: False)
+    monkeypatch.setattr("softrag.backbones.can_pack", lambda _: False)
     padded = build(tiny_family, **changes)
 
     expected = padded.compress(*documents(padded))
@@ -239,7 +239,7 @@ def test_packed_rows_equal_padded_rows(
 
 def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Path) -> None:
     from softrag.packing import pack
-    from softrag.windows import Windows
+    from softrag.placeholders import Windows
 
     # One row of five text tokens and two memory tokens, after padding; then one without memory.
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])

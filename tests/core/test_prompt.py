@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from softrag.config import SoftRAGConfig
 from softrag.errors import EmptyDocumentError
+from softrag.fingerprint import prompt_signature
 from softrag.handles import make_handle
 from softrag.prompt import (
     DocumentPrompt,
@@ -16,7 +17,6 @@ from softrag.prompt import (
     add_rerank_token,
     add_special_tokens,
     encode_text,
-    prompt_signature,
     token_id,
 )
 from tests.families import build_tokenizer

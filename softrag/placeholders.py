@@ -1,6 +1,8 @@
-"""Which tokens of packed rows belong together. It knows nothing of models."""
+"""Where memory tokens stand among others, and which text is whose. It knows nothing of models."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -61,6 +63,63 @@ class Windows:
         total = values.new_zeros((len(self.count) + 1, values.shape[-1]))
         total = total.index_add(0, self.owner, values)[:-1]
         return total / self.count.clamp_min(1)[:, None].to(values.dtype)
+
+
+class Placeholders(NamedTuple):
+    """What stands where in packed documents; T tokens in all.
+
+    Attributes:
+        words: `(T,)` token ids, with 0, a word like any other, in the place of added tokens.
+        memory: `(memory,)` places of the memory tokens.
+        which: `(memory,)` which of the memory tokens each is.
+        rerank: `(documents,)` places of the rerank tokens; None without them.
+        text: `(text,)` places of all other tokens; None where windows are not asked for.
+        windows: Which text belongs to which memory token; None where they are not asked for.
+    """
+
+    words: torch.Tensor
+    memory: torch.Tensor
+    which: torch.Tensor
+    rerank: torch.Tensor | None
+    text: torch.Tensor | None
+    windows: Windows | None
+
+    @classmethod
+    def find(
+        cls,
+        ids: torch.Tensor,
+        packed: Packed,
+        *,
+        memory_ids: list[int],
+        rerank_id: int | None,
+        windows: bool,
+    ) -> Placeholders:
+        """Look through `(T,)` ids of packed documents; on the CPU nothing waits for a GPU."""
+        is_memory, which = find_tokens(ids, memory_ids)
+        is_text = ~is_memory
+        rerank = None
+        if rerank_id is not None:
+            is_rerank = ids == rerank_id
+            is_text &= ~is_rerank
+            rerank = is_rerank.nonzero().squeeze(1)
+        memory = is_memory.nonzero().squeeze(1)
+        words = torch.where(is_text, ids, 0)
+        if not windows:
+            return cls(words, memory, which[memory], rerank, None, None)
+        text = is_text.nonzero().squeeze(1)
+        whose = Windows.of(packed, is_memory, text, memory)
+        return cls(words, memory, which[memory], rerank, text, whose)
+
+    def to(self, device: torch.device) -> Placeholders:
+        """Return the places on a device."""
+        return Placeholders(
+            send(self.words, device),
+            send(self.memory, device),
+            send(self.which, device),
+            None if self.rerank is None else send(self.rerank, device),
+            None if self.text is None else send(self.text, device),
+            None if self.windows is None else self.windows.to(device),
+        )
 
 
 def find_tokens(ids: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
