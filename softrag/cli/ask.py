@@ -8,32 +8,20 @@ import typer
 from rich.console import Console
 
 from softrag.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_STORE,
-    Collection,
-    Decoder,
-    Device,
-    Fallback,
+    EngineOptions,
     Json,
     MaxNewTokens,
-    Model,
     ModeName,
-    Rate,
-    Store,
     Temperature,
     TopK,
-    load_engine,
+    with_engine_options,
 )
 
 
+@with_engine_options
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
-    store: Store = DEFAULT_STORE,
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    collection: Collection = "softrag",
-    rate: Rate = None,
-    decoder: Decoder = "torch",
+    engine_options: EngineOptions,
     top_k: TopK = 5,
     mode: ModeName = "memory",
     max_new_tokens: MaxNewTokens = 128,
@@ -45,7 +33,6 @@ def ask(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Only chunks with this metadata; repeatable."),
     ] = None,
-    fallback: Fallback = None,
     json: Json = False,
 ) -> None:
     """Answer a question from the store, and show its sources and costs."""
@@ -53,15 +40,7 @@ def ask(
 
     wanted = parse_where(where or [])
     console = Console()
-    with load_engine(
-        model,
-        store,
-        device=device,
-        collection=collection,
-        decoder=decoder,
-        fallback=fallback,
-        rate=rate,
-    ) as engine:
+    with engine_options.open() as engine:
         stream = engine.stream(
             question,
             k=top_k,

@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from softrag.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_STORE,
-    Collection,
-    Decoder,
-    Device,
-    Fallback,
+    EngineOptions,
     Json,
     MaxNewTokens,
-    Model,
     ModeName,
-    Rate,
-    Store,
     TopK,
-    load_engine,
+    with_engine_options,
 )
 
 if TYPE_CHECKING:
@@ -34,17 +26,12 @@ HELP = (
 )
 
 
+@with_engine_options
 def chat(
-    store: Store = DEFAULT_STORE,
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    collection: Collection = "softrag",
-    rate: Rate = None,
-    decoder: Decoder = "torch",
+    engine_options: EngineOptions,
     top_k: TopK = 5,
     mode: ModeName = "memory",
     max_new_tokens: MaxNewTokens = 128,
-    fallback: Fallback = None,
     json: Json = False,
 ) -> None:
     """Answer questions one after another; each is answered by itself.
@@ -56,15 +43,7 @@ def chat(
 
     console = Console()
     sources: list[Hit] = []
-    with load_engine(
-        model,
-        store,
-        device=device,
-        collection=collection,
-        decoder=decoder,
-        fallback=fallback,
-        rate=rate,
-    ) as engine:
+    with engine_options.open() as engine:
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)
         for line in _lines(console):

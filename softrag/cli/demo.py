@@ -20,10 +20,10 @@ from softrag.cli.options import (
     DEFAULT_STORE,
     DEMO,
     Device,
+    EngineOptions,
     Json,
     Model,
     Store,
-    load_engine,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def demo(
 
     console = Console(quiet=json)
     questions, gold = read_questions()
-    with load_engine(model, store, device=device, create=True) as engine:
+    options = EngineOptions(store=store, model=model, device=device)
+    with options.open(create=True) as engine:
         console.print("Compressing the documents into memories …", style="dim")
         report = add_files(engine, [DEMO / "corpus"], quiet=json)
         if not json:

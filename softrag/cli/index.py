@@ -31,7 +31,7 @@ from softrag.cli.options import (
     Model,
     Rate,
     Store,
-    load_engine,
+    hush_transformers,
 )
 
 if TYPE_CHECKING:
@@ -102,16 +102,18 @@ def index(
         if report is None:
             return  # the first process of the launcher reports for all
     else:
-        with load_engine(
+        from softrag.engine import SoftRAG
+
+        hush_transformers()
+        with SoftRAG.from_pretrained(
             model,
-            store,
+            store=store,
             device=device,
             collection=collection,
             codec=codec,
             prefer_grpc=grpc,
             load_decoder=False,
             chunk_tokens=chunk_tokens,
-            create=True,
             rate=rate,
         ) as engine:
             sources: set[str] = set()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -81,61 +85,67 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 
 
-def load_engine(
-    model: str,
-    store: str,
-    *,
-    device: str | None,
-    decoder: str = "torch",
-    collection: str = "softrag",
-    codec: str | None = None,
-    prefer_grpc: bool = False,
-    load_decoder: bool = True,
-    chunk_tokens: int | None = None,
-    create: bool = False,
-    fallback: Path | None = None,
-    rate: int | None = None,
-) -> SoftRAG:
-    """Load the engine for a command.
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a command that answers questions is told about its engine, each field an option."""
 
-    Args:
-        model: Checkpoint.
-        store: Folder or URL.
-        device: As the option.
-        decoder: As the option.
-        collection: Of the store.
-        codec: Of a new store.
-        prefer_grpc: Talk gRPC to a server.
-        load_decoder: False to index only.
-        chunk_tokens: Longest chunk.
-        create: Whether a store folder that does not exist is made.
-        fallback: A router's file.
-        rate: As the option.
+    store: Store = DEFAULT_STORE
+    model: Model = DEFAULT_MODEL
+    device: Device = None
+    collection: Collection = "softrag"
+    rate: Rate = None
+    decoder: Decoder = "torch"
+    fallback: Fallback = None
 
-    Raises:
-        StoreError: The folder does not exist and `create` is false.
-    """
-    if not create and "://" not in store and not Path(store).exists():
-        raise StoreError(
-            f"There is no store at {store}. Make one first: softrag index PATH --store {store}"
+    def open(self, *, create: bool = False) -> SoftRAG:
+        """Load the engine.
+
+        Args:
+            create: Whether a store folder that does not exist is made.
+
+        Raises:
+            StoreError: The folder does not exist and `create` is false.
+        """
+        if not create and "://" not in self.store and not Path(self.store).exists():
+            raise StoreError(
+                f"There is no store at {self.store}. Make one first: softrag index PATH --store "
+                f"{self.store}"
+            )
+        # Imported here: `softrag --help` should not wait for the models' libraries.
+        from softrag.engine import SoftRAG
+
+        hush_transformers()
+        return SoftRAG.from_pretrained(
+            self.model,
+            store=self.store,
+            device=self.device,
+            collection=self.collection,
+            rate=self.rate,
+            decoder=self.decoder,
+            fallback=self.fallback,
         )
-    # Imported here: `softrag --help` should not wait for the models' libraries.
-    from softrag.engine import SoftRAG
 
-    hush_transformers()
-    return SoftRAG.from_pretrained(
-        model,
-        store=store,
-        device=device,
-        decoder=decoder,
-        collection=collection,
-        codec=codec,
-        prefer_grpc=prefer_grpc,
-        load_decoder=load_decoder,
-        chunk_tokens=chunk_tokens,
-        fallback=fallback,
-        rate=rate,
-    )
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show a command that takes `EngineOptions` to typer as one that takes each of them."""
+    names = [field.name for field in fields(EngineOptions)]
+    options = inspect.signature(EngineOptions, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    shown: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if parameter.annotation is EngineOptions:
+            taken = name
+            shown += options.values()
+        else:
+            shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        engine = EngineOptions(**{name: values.pop(name) for name in names})
+        command(**{taken: engine}, **values)
+
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return run
 
 
 def hush_transformers() -> None:

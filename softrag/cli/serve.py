@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from softrag.cli.options import (
-    DEFAULT_MODEL,
-    DEFAULT_STORE,
-    Collection,
-    Decoder,
-    Device,
-    Fallback,
-    Grpc,
-    Json,
-    Model,
-    Rate,
-    Store,
-    load_engine,
-)
+from softrag.cli.options import EngineOptions, Grpc, Json, with_engine_options
 
 
+@with_engine_options
 def serve(
-    store: Store = DEFAULT_STORE,
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    collection: Collection = "softrag",
+    engine_options: EngineOptions,
     grpc: Grpc = False,
-    rate: Rate = None,
-    decoder: Decoder = "torch",
-    fallback: Fallback = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     keys: Annotated[
@@ -74,7 +57,7 @@ def serve(
     elif api_keys is not None:
         allowed = Keys.parse(api_keys)
     settings = ServeSettings(
-        model=name or Path(model).name,
+        model=name or Path(engine_options.model).name,
         host=host,
         port=port,
         keys=allowed,
@@ -94,20 +77,12 @@ def serve(
             )
 
     # Every tenant has a store of its own; this one only holds the model.
-    with load_engine(
-        model,
-        ":memory:",
-        device=device,
-        decoder=decoder,
-        create=True,
-        fallback=fallback,
-        rate=rate,
-    ) as engine:
+    with replace(engine_options, store=":memory:").open(create=True) as engine:
         tenants = open_tenants(
             engine,
-            store,
+            engine_options.store,
             allowed.tenants if allowed else [""],
-            collection=collection,
+            collection=engine_options.collection,
             prefer_grpc=grpc,
         )
         run(build_server(tenants, settings, on_start=announce, quiet=json))
