@@ -12,8 +12,8 @@ from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
-from softrag.memory import Memory
 from tests.checkpoints import build_model
+from tests.core.decode_requests import asks, drain
 from tests.families import SENTENCES, build_tokenizer
 
 
@@ -30,29 +30,6 @@ def decoder(model):
 @pytest.fixture(scope="module")
 def memories(model):
     return Compressor(model).compress(SENTENCES)
-
-
-def drain(stream):
-    """Return the pieces and the result of a stream."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
-
-
-def asks(memories: list[Memory]) -> list[DecodeRequest]:
-    return [
-        DecodeRequest(question="Who wrote Hamlet?", documents=memories[:3], max_new_tokens=12),
-        DecodeRequest(question="Where is Paris?", documents=memories[1:2], max_new_tokens=5),
-        DecodeRequest(question="Why?", max_new_tokens=9),
-        DecodeRequest(
-            question="What is the largest river?",
-            documents=[memories[5], SENTENCES[4]],
-            max_new_tokens=7,
-        ),
-    ]
 
 
 def test_every_family_answers_the_same_in_a_batch_and_alone_and_as_hugging_face(tiny_family: Path):
@@ -75,7 +52,7 @@ def test_every_family_answers_the_same_in_a_batch_and_alone_and_as_hugging_face(
     expected = model.decoder.generate(
         inputs_embeds=model.embed_prompt(ids, mask, soft_tokens),
         attention_mask=mask,
-        max_new_tokens=12,
+        max_new_tokens=requests[0].max_new_tokens,
         do_sample=False,
         eos_token_id=sorted(decoder.prompt.end_ids),
         pad_token_id=0,

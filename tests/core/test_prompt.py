@@ -62,13 +62,6 @@ TEXT = "Paris is the capital of France, and the Seine runs through it."
 
 
 @pytest.fixture
-def tokenizer(tiny_family: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_family)
-    add_special_tokens(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture
 def rag(tokenizer: PreTrainedTokenizerBase) -> RagPrompt:
     return RagPrompt.from_config(SoftRAGConfig(), tokenizer)
 

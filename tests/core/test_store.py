@@ -23,14 +23,13 @@ import torch
 from qdrant_client import QdrantClient, models
 
 from softrag.codec import encode
-from softrag.documents import Chunk, chunk_id
+from softrag.documents import Chunk
 from softrag.errors import (
     MemoryCodecError,
     MemoryMismatchError,
     NonFiniteMemoryError,
     StoreError,
 )
-from softrag.memory import Memory, memory_key
 from softrag.store import MemoryStore
 from softrag.store import collection as collection_module
 from softrag.store import points as points_module
@@ -39,74 +38,23 @@ from softrag.store.payload import KEY_FIELD, MEMORY_FIELD
 from softrag.store.points import point_id
 from tests.core.qdrant_grpc_stub import QdrantGrpcStub
 from tests.core.qdrant_stub import QdrantStub
+from tests.core.stored_chunks import (
+    ALL,
+    ALPHA,
+    BETA,
+    DELTA,
+    DIMENSION,
+    GAMMA,
+    MODEL,
+    add,
+    make_chunk,
+    make_embeddings,
+    make_memory,
+    open_at,
+    same,
+)
 
-MODEL = "f" * 32
-DIMENSION = 4
 Open = Callable[..., MemoryStore]
-
-
-def make_chunk(text: str, *, source: str | None = "a.md", **metadata: object) -> Chunk:
-    return Chunk(
-        id=chunk_id(source, text),
-        text=text,
-        source=source,
-        title=f"On {text}",
-        metadata=metadata,
-        n_tokens=len(text),
-        start=7,
-    )
-
-
-def make_memory(chunk: Chunk) -> Memory:
-    """A memory as its text decides it, so that what comes back can be told from its chunk."""
-    generator = torch.Generator().manual_seed(sum(chunk.text.encode()))
-    return Memory(
-        values=torch.randn(2, 6, generator=generator).bfloat16(),
-        key=memory_key(MODEL, chunk.text),
-        fingerprint=MODEL,
-        n_document_tokens=chunk.n_tokens,
-    )
-
-
-def make_embeddings(chunks: list[Chunk]) -> np.ndarray:
-    rows = [np.random.default_rng(list(chunk.id.encode())).normal(size=4) for chunk in chunks]
-    return np.array(rows, dtype=np.float32)
-
-
-def add(store: MemoryStore, *chunks: Chunk) -> None:
-    store.upsert(
-        list(chunks), make_embeddings(list(chunks)), [make_memory(chunk) for chunk in chunks]
-    )
-
-
-def same(memory: Memory | None, expected: Memory) -> bool:
-    return (
-        memory is not None
-        and torch.equal(memory.values, expected.values)
-        and memory.key == expected.key
-        and memory.n_document_tokens == expected.n_document_tokens
-    )
-
-
-ALPHA = make_chunk("alpha", lang="en", year=1815, weight=0.5, draft=True, tags=["x", "y"])
-BETA = make_chunk("beta", lang="fr", year=1852, weight=1.5, draft=False)
-GAMMA = make_chunk("gamma", source="b.md", lang="en", **{"a.b": 1})
-DELTA = make_chunk("delta", source=None)
-ALL = (ALPHA, BETA, GAMMA, DELTA)
-
-
-@pytest.fixture
-def stub() -> Iterator[QdrantStub]:
-    stub = QdrantStub()
-    yield stub
-    stub.close()
-
-
-@pytest.fixture
-def grpc_stub() -> Iterator[QdrantGrpcStub]:
-    stub = QdrantGrpcStub()
-    yield stub
-    stub.close()
 
 
 @pytest.fixture(params=["memory", "folder", "http", "grpc", "server"])
@@ -504,11 +452,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("stub").url)
 
 
-def open_at(place: str | Path, **changes: object) -> MemoryStore:
-    options = {"fingerprint": MODEL, "embedder": "minilm", "dimension": DIMENSION}
-    return MemoryStore.open(place, **{**options, **changes})
-
-
 def test_everything_is_there_after_opening_again(place: str) -> None:
     with open_at(place, codec="fp16") as store:
         add(store, *ALL)
@@ -731,7 +674,7 @@ def check_intact(store: MemoryStore, chunks: list[Chunk]) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from tests.core.test_store import add, make_chunk, open_at
+from tests.core.stored_chunks import add, make_chunk, open_at
 
 with open_at(sys.argv[1]) as store:
     for start in range(0, 100_000, 8):

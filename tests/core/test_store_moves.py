@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from softrag.errors import MemoryMismatchError, StoreError
 from softrag.store import CollectionLayout, MemoryStore, migrate, restore, snapshot
 from tests.core.qdrant_grpc_stub import QdrantGrpcStub
 from tests.core.qdrant_stub import QdrantStub
-from tests.core.test_store import (
+from tests.core.stored_chunks import (
     ALL,
     ALPHA,
     add,
@@ -26,20 +25,6 @@ from tests.core.test_store import (
 
 # Of 127.0.0.1, signed by itself, with its key; for tests alone.
 CERTIFICATE = Path(__file__).parent / "tls" / "loopback.pem"
-
-
-@pytest.fixture
-def stub() -> Iterator[QdrantStub]:
-    stub = QdrantStub()
-    yield stub
-    stub.close()
-
-
-@pytest.fixture
-def grpc_stub() -> Iterator[QdrantGrpcStub]:
-    stub = QdrantGrpcStub()
-    yield stub
-    stub.close()
 
 
 def assert_holds(store: MemoryStore, *chunks: object) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from softrag.prompt import add_special_tokens, encode_text
+from softrag.prompt import encode_text
 from softrag.text import clean_text, memory_length, split_text
 
 ARTICLE = """\
@@ -19,13 +19,6 @@ The Eiffel Tower was finished in 1889! Is it 330 metres high? It is. Visitors: 5
 
 東京は日本の首都です。人口は千四百万人です。Ελληνικά κείμενα μετρούν κι αυτά. 👩‍👩‍👧 family.
 """
-
-
-@pytest.fixture
-def tokenizer(tiny_family: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_family)
-    add_special_tokens(tokenizer)
-    return tokenizer
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from softrag.errors import (
 from softrag.export import served_name
 from softrag.model import SoftRAGModel
 from tests.checkpoints import build_checkpoint, build_model
+from tests.core.decode_requests import asks, drain
 from tests.core.vllm_stub import VLLMStub
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES, build_family
@@ -64,29 +65,6 @@ def decoder(server):
     decoder = VLLMDecoder.from_url(build_checkpoint(), server.url, retries=1, timeout_s=20)
     yield decoder
     decoder.close()
-
-
-def drain(stream):
-    """Return the pieces and the result of a stream."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
-
-
-def asks(memories):
-    return [
-        DecodeRequest(question="Who wrote Hamlet?", documents=memories[:3], max_new_tokens=40),
-        DecodeRequest(question="Where is Paris?", documents=memories[1:2], max_new_tokens=1),
-        DecodeRequest(question="Why?", max_new_tokens=9),
-        DecodeRequest(
-            question="What is the largest river?",
-            documents=[memories[5], SENTENCES[4]],
-            max_new_tokens=17,
-        ),
-    ]
 
 
 def plain(result):

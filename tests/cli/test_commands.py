@@ -12,43 +12,14 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from softrag.cli import app
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
-from tests.embedders import HashingEmbedder
+from tests.cli.command import run
 from tests.families import SENTENCES
 
 COMMAND = Path(__file__).parent.parent / "softrag_command.py"
 QUESTION = "Who wrote Hamlet and Macbeth?"
-
-
-@pytest.fixture(autouse=True)
-def small_embedder(monkeypatch):
-    monkeypatch.setattr("softrag.engine.default_embedder", HashingEmbedder)
-    monkeypatch.setattr("softrag.embedder.default_embedder", HashingEmbedder)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    for number, text in enumerate(SENTENCES):
-        (folder / f"note_{number}.txt").write_text(text)
-    return folder
-
-
-@pytest.fixture
-def store(tmp_path: Path, folder: Path) -> Path:
-    """A store with the folder's documents."""
-    assert run("index", folder, store=tmp_path / "store").exit_code == 0
-    return tmp_path / "store"
-
-
-def run(*arguments: object, store: Path, seed: int = 0, input: str | None = None) -> Result:
-    environment = {"SOFTRAG_STORE": str(store), "SOFTRAG_MODEL": str(build_checkpoint(seed=seed))}
-    return CliRunner().invoke(app, [str(each) for each in arguments], env=environment, input=input)
 
 
 # index

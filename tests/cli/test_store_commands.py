@@ -16,8 +16,8 @@ import softrag.bulk
 from softrag.bulk import WorkerSetup
 from tests.bulk_workers import MortalEmbedder
 from tests.checkpoints import build_checkpoint
+from tests.cli.command import run
 from tests.core.qdrant_stub import QdrantStub
-from tests.core.test_cli import folder, run, small_embedder, store  # noqa: F401 - fixtures
 
 COMMAND = Path(__file__).parent.parent / "bulk_command.py"
 
@@ -25,7 +25,7 @@ COMMAND = Path(__file__).parent.parent / "bulk_command.py"
 # index with workers
 
 
-def test_index_with_workers_reports_what_a_million_chunks_cost(tmp_path, folder, monkeypatch):  # noqa: F811
+def test_index_with_workers_reports_what_a_million_chunks_cost(tmp_path, folder, monkeypatch):
     small = partial(WorkerSetup, embedder=MortalEmbedder)
     monkeypatch.setattr(softrag.bulk, "WorkerSetup", small)
     options = ["--workers", 2, "--price-per-hour", 3]
@@ -44,7 +44,7 @@ def test_index_with_workers_reports_what_a_million_chunks_cost(tmp_path, folder,
 
 
 @pytest.mark.parametrize("late_rank", ["none", "1"])
-def test_index_under_torchrun_has_one_report_and_one_store(tmp_path, folder, late_rank):  # noqa: F811
+def test_index_under_torchrun_has_one_report_and_one_store(tmp_path, folder, late_rank):
     done = index_under_torchrun(tmp_path / "store", build_checkpoint(), folder, late_rank)
 
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,7 @@ def test_index_under_torchrun_has_one_report_and_one_store(tmp_path, folder, lat
     assert json.loads(info.stdout)["chunks"] == 8
 
 
-def test_index_under_torchrun_says_in_its_own_words_what_went_wrong(tmp_path, folder):  # noqa: F811
+def test_index_under_torchrun_says_in_its_own_words_what_went_wrong(tmp_path, folder):
     lonely = Path(shutil.copytree(build_checkpoint(), tmp_path / "lonely"))
     config = json.loads((lonely / "config.json").read_text())
     (lonely / "config.json").write_text(json.dumps(config | {"compressor": "/nowhere"}))
@@ -66,9 +66,9 @@ def test_index_under_torchrun_says_in_its_own_words_what_went_wrong(tmp_path, fo
 
 
 def index_under_torchrun(
-    store: Path,  # noqa: F811
+    store: Path,
     checkpoint: Path,
-    folder: Path,  # noqa: F811
+    folder: Path,
     late_rank: str,
 ) -> subprocess.CompletedProcess[str]:
     environment = {
@@ -84,7 +84,7 @@ def index_under_torchrun(
     )  # fmt: skip
 
 
-def test_index_prunes_files_that_no_longer_exist_on_request(folder, store):  # noqa: F811
+def test_index_prunes_files_that_no_longer_exist_on_request(folder, store):
     (folder / "note_0.txt").unlink()
 
     kept = json.loads(run("index", folder, "--json", store=store).stdout)
@@ -99,7 +99,7 @@ def test_index_prunes_files_that_no_longer_exist_on_request(folder, store):  # n
 # store
 
 
-def test_a_store_moves_to_a_server_in_another_codec_and_is_asked_there(store, tmp_path):  # noqa: F811
+def test_a_store_moves_to_a_server_in_another_codec_and_is_asked_there(store, tmp_path):
     stub = QdrantStub()
     try:
         moving = ["store", "migrate", store, stub.url, "--json"]
@@ -117,7 +117,7 @@ def test_a_store_moves_to_a_server_in_another_codec_and_is_asked_there(store, tm
     assert json.loads(asked.stdout)["mode"] == "memory"
 
 
-def test_a_store_is_saved_and_restored(store, tmp_path):  # noqa: F811
+def test_a_store_is_saved_and_restored(store, tmp_path):
     saved = run("store", "snapshot", store, tmp_path / "kept.tar", store=store)
     restored = run("store", "restore", tmp_path / "kept.tar", tmp_path / "b", "--json", store=store)
     twice = run("store", "restore", tmp_path / "kept.tar", tmp_path / "b", store=store)
@@ -128,7 +128,7 @@ def test_a_store_is_saved_and_restored(store, tmp_path):  # noqa: F811
     assert "not empty" in twice.stderr
 
 
-def test_a_store_is_created_with_a_layout_and_then_filled(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_store_is_created_with_a_layout_and_then_filled(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("softrag.embedder.default_embedder", lambda: MortalEmbedder("cpu"))
     stub = QdrantStub()
     layout = ["--shards", 3, "--replicas", 2, "--quantization", "int8"]
@@ -144,7 +144,7 @@ def test_a_store_is_created_with_a_layout_and_then_filled(folder, tmp_path, monk
     assert (created.body["shard_number"], created.body["replication_factor"]) == (3, 2)
 
 
-def test_a_layout_that_cannot_be_is_an_error_without_a_traceback(tmp_path, store):  # noqa: F811
+def test_a_layout_that_cannot_be_is_an_error_without_a_traceback(tmp_path, store):
     result = run("store", "create", tmp_path / "b", "--write-consistency", 3, store=store)
 
     assert result.exit_code == 1
