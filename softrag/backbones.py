@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # A decoder-only PreTrainedModel. Its published types know neither layers nor embeddings.
 LanguageModel = Any
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights may be loaded in, by torch's names."""
+
 
 def build_decoder(config: SoftRAGConfig, decoder: LanguageModel | None) -> LanguageModel:
     """Make a base model, or one with random weights where none is given, the config's decoder."""
@@ -172,10 +175,13 @@ def choose_dtypes(
     config: SoftRAGConfig, dtype: torch.dtype | str, device: torch.device
 ) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of decoder and compressor."""
+    if dtype in DTYPES:
+        dtype = getattr(torch, str(dtype))
     if isinstance(dtype, torch.dtype):
         return dtype, dtype
     if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}; expected 'auto' or a torch.dtype.")
+        names = ", ".join(DTYPES)
+        raise ValueError(f"dtype is {dtype!r}; expected auto, {names}, or a torch.dtype.")
     if device.type != "cpu":
         return torch.bfloat16, torch.bfloat16
     # A backbone that is shared has one dtype, the decoder's.

@@ -108,6 +108,7 @@ class SoftRAG:
         codec: str | None = None,
         prefer_grpc: bool = False,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "auto",
         load_decoder: bool = True,
         load_compressor: bool = True,
         base_model: str | Path | None = None,
@@ -128,6 +129,10 @@ class SoftRAG:
                 "bf16" for a new one.
             prefer_grpc: Talk gRPC instead of HTTP to a Qdrant server, when it is opened here.
             device: Where the model runs; None chooses.
+            dtype: Of all weights, as `SoftRAGModel.from_pretrained` takes it. "bfloat16" answers
+                more than twice as fast on CPUs that compute in it (AVX512-BF16, AMX); "auto" keeps
+                float32 there for the decoder, whose answers then do not depend on what is
+                answered beside them.
             load_decoder: False to add and retrieve only.
             load_compressor: False to answer from stored memories only.
             base_model: Where the checkpoint's base model is, if not where the checkpoint says.
@@ -156,6 +161,7 @@ class SoftRAG:
             load_decoder=load_decoder and decoder == "torch",
             load_compressor=load_compressor,
             device=device,
+            dtype=dtype,
             rate=rate,
         )
         embedder = embedder or default_embedder()

@@ -213,8 +213,8 @@ class SoftRAGModel(PreTrainedModel):
                 the compressor's, where it has the same one.
             load_decoder: False leaves out what only answering needs.
             load_compressor: False leaves out what only indexing needs.
-            dtype: Of all weights. `"auto"`: bfloat16 on a GPU; on a CPU float32 for the decoder,
-                and bfloat16 for a separate compressor where the CPU is fast at it.
+            dtype: Of all weights, also by its name. `"auto"`: bfloat16 on a GPU; on a CPU float32
+                for the decoder, and bfloat16 for a separate compressor where the CPU is fast at it.
             device: Where to; None: the first GPU, else the CPU.
             revision: Of a hub checkpoint.
             rate: Document tokens per soft token, one of those the checkpoint was trained at; None

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from softrag.cli.options import (
     DEFAULT_MODEL,
     Device,
+    Dtype,
     Fallback,
     Json,
     MaxNewTokens,
@@ -50,6 +51,7 @@ class _Plan:
     modes: Sequence[Mode]
     codecs: Sequence[str]
     device: str | None
+    dtype: str
     rate: int | None
     batch_size: int
     max_new_tokens: int
@@ -82,6 +84,7 @@ def evaluate(
     ] = "closed,text,memory",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     device: Device = None,
+    dtype: Dtype = "auto",
     rate: Rate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: MaxNewTokens = 64,
@@ -137,6 +140,7 @@ def evaluate(
         modes=wanted,
         codecs=_parse_codecs(codecs),
         device=device,
+        dtype=dtype,
         rate=rate,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -256,6 +260,7 @@ def _load(plan: _Plan, number: int) -> LoadedModel:
         plan.models[number],
         name=Path(plan.models[number]).name if len(plan.models) > 1 else "",
         device=plan.device,
+        dtype=plan.dtype,
         rate=plan.rate,
         load_compressor=plan.with_compressor,
         batch_size=plan.batch_size,

@@ -41,6 +41,14 @@ Device = Annotated[
     str | None,
     typer.Option(envvar="SOFTRAG_DEVICE", help="Where the model runs, such as cpu or cuda:0."),
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        envvar="SOFTRAG_DTYPE",
+        help="Of the weights. auto: bfloat16 on a GPU, float32 for a decoder on a CPU, where "
+        "bfloat16 is faster if the CPU computes in it.",
+    ),
+]
 Rate = Annotated[
     int | None,
     typer.Option(
@@ -92,6 +100,7 @@ class EngineOptions:
     store: Store = DEFAULT_STORE
     model: Model = DEFAULT_MODEL
     device: Device = None
+    dtype: Dtype = "auto"
     collection: Collection = "softrag"
     rate: Rate = None
     decoder: Decoder = "torch"
@@ -119,6 +128,7 @@ class EngineOptions:
             self.model,
             store=self.store,
             device=self.device,
+            dtype=self.dtype,
             collection=self.collection,
             rate=self.rate,
             decoder=self.decoder,

@@ -45,13 +45,14 @@ class LoadedModel:
         *,
         name: str = "",
         device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "auto",
         load_compressor: bool = True,
         batch_size: int = 16,
         rate: int | None = None,
     ) -> LoadedModel:
         """Load a checkpoint; arguments as in `SoftRAGModel.from_pretrained` and `TorchDecoder`."""
         model = SoftRAGModel.from_pretrained(
-            checkpoint, device=device, load_compressor=load_compressor, rate=rate
+            checkpoint, device=device, dtype=dtype, load_compressor=load_compressor, rate=rate
         )
         lock = threading.Lock()
         return cls(

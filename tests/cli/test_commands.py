@@ -128,6 +128,16 @@ def test_ask_reads_text_or_nothing_when_told(store):
     assert closed["sources"] == []
 
 
+def test_ask_loads_the_weights_as_told(store):
+    result = run("ask", QUESTION, "--dtype", "bfloat16", "--max-new-tokens", 2, store=store)
+    unknown = run("ask", QUESTION, "--dtype", "int4", store=store)
+
+    assert result.exit_code == 0
+    assert unknown.exit_code == 2
+    assert "'int4'" in unknown.stderr
+    assert "'bfloat16'" in unknown.stderr
+
+
 def test_ask_filters_by_metadata(tmp_path):
     lines = [
         {"text": text, "metadata": {"n": n, "even": n % 2 == 0}} for n, text in enumerate(SENTENCES)

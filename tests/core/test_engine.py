@@ -637,3 +637,17 @@ def test_a_batch_holds_what_arrives_while_another_runs():
 
     assert results == {n: 2 * n for n in range(6)}
     assert sizes == [1, 5]
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for_by_name():
+    def dtypes(dtype):
+        with open_engine(dtype=dtype) as engine:
+            engine.add(DOCUMENTS)
+            assert engine.ask(QUESTION, max_new_tokens=4).usage.completion_tokens >= 1
+            model = engine.decoder.model
+            return model.decoder.dtype, model.compressor.dtype
+
+    assert dtypes("bfloat16") == dtypes(torch.bfloat16) == (torch.bfloat16, torch.bfloat16)
+    assert dtypes("float32") == (torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="'bf16'; expected auto, float32, bfloat16, float16"):
+        dtypes("bf16")
