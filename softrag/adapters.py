@@ -27,6 +27,15 @@ def add_lora(backbone: PreTrainedModel, *, r: int, alpha: int, dropout: float = 
     peft.inject_adapter_in_model(config, backbone)
 
 
+def set_dropout(backbone: nn.Module, dropout: float) -> None:
+    """Set the dropout on the inputs of a backbone's adapters."""
+    layer: Any
+    for layer in backbone.modules():
+        if is_adapted(layer):
+            for name in layer.lora_dropout:
+                layer.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+
 def is_lora_weight(name: str) -> bool:
     """Tell whether a parameter of this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name

@@ -35,7 +35,7 @@ from softrag.connector import Connector
 from softrag.errors import PlaceholderMismatchError
 from softrag.fingerprint import fingerprint_of
 from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
-from softrag.packing import Packed, pack, run_rows
+from softrag.packing import Packed, pack, run_rows, send
 from softrag.placeholders import Placeholders, expand_spans, find_tokens
 from softrag.prompt import (
     AUTO_ENCODING_TOKEN,
@@ -422,7 +422,7 @@ class SoftRAGModel(PreTrainedModel):
         """Embed prompts with soft tokens at their `<MEM>` placeholders, in order.
 
         Args:
-            input_ids: `(batch, tokens)`.
+            input_ids: `(batch, tokens)`, on any device.
             attention_mask: `(batch, tokens)`; a placeholder that is masked out is not one.
             soft_tokens: `(memory, decoder hidden)` for all rows in order.
 
@@ -444,12 +444,13 @@ class SoftRAGModel(PreTrainedModel):
                 f"{len(soft_tokens)} soft tokens. Lay the prompts out with the number of soft "
                 "tokens that each document's memory has."
             )
-        added = is_memory | is_auto_encoding
-        words = self.decoder.get_input_embeddings()(torch.where(added, 0, input_ids))
-        embeddings = in_compute_dtype(words)
+        device = soft_tokens.device
+        words = send(torch.where(is_memory | is_auto_encoding, 0, input_ids), device)
+        embeddings = in_compute_dtype(self.decoder.get_input_embeddings()(words))
         special = self.auto_encoding_embedding.to(embeddings.dtype)
-        embeddings = torch.where(is_auto_encoding[..., None], special, embeddings)
-        flat = embeddings.flatten(0, 1).index_copy(0, at_memory, soft_tokens.to(embeddings.dtype))
+        embeddings = torch.where(send(is_auto_encoding, device)[..., None], special, embeddings)
+        soft_tokens = soft_tokens.to(embeddings.dtype)
+        flat = embeddings.flatten(0, 1).index_copy(0, send(at_memory, device), soft_tokens)
         return flat.view_as(embeddings)
 
     def forward(
@@ -464,6 +465,9 @@ class SoftRAGModel(PreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> SoftRAGOutput:
         """Compress the documents and read the prompts.
+
+        Ids, masks, labels and `document_index` are best left on the CPU: what follows from them is
+        found out there, and the host never waits for a GPU.
 
         Args:
             decoder_input_ids: `(batch, tokens)` prompts with `<MEM>` placeholders.
@@ -490,23 +494,25 @@ class SoftRAGModel(PreTrainedModel):
             soft_tokens, scores = self._compress_and_line_up(
                 compressor_input_ids, compressor_attention_mask, document_index
             )
-        embeddings = self.embed_prompt(decoder_input_ids, decoder_attention_mask, soft_tokens)
         packed = pack(decoder_attention_mask)
-        states = run_rows(
-            self.decoder.base_model, embeddings.flatten(0, 1)[packed.slot], packed, packed.position
-        )
+        # The real tokens as one row: padding is not even embedded.
+        row = decoder_input_ids.flatten()[packed.slot][None]
+        embeddings = self.embed_prompt(row, torch.ones_like(row), soft_tokens)[0]
+        device = embeddings.device
+        on_device = packed.to(device)
+        states = run_rows(self.decoder.base_model, embeddings, on_device, on_device.position)
         head = self.decoder.get_output_embeddings()
         if labels is None:
             padded = states.new_zeros((decoder_input_ids.numel(), states.shape[-1]))
-            padded = padded.index_copy(0, packed.slot, states)
+            padded = padded.index_copy(0, on_device.slot, states)
             logits = head(padded).view(*decoder_input_ids.shape, -1)
             return SoftRAGOutput(logits=logits, scores=scores)
         # A state predicts the next token of its row; the last one of a row predicts nothing.
         targets = labels.flatten()[packed.slot].roll(-1)
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
         learned = (targets != IGNORED).nonzero().squeeze(1)
-        logits = head(states[learned])
-        loss = self._loss(logits, targets[learned])
+        logits = head(states.index_select(0, send(learned, device)))
+        loss = self._loss(logits, send(targets[learned], device))
         items = len(learned) if num_items_in_batch is None else num_items_in_batch
         return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores)
 
@@ -572,8 +578,8 @@ class SoftRAGModel(PreTrainedModel):
             return compressed
         is_memory, _ = find_tokens(input_ids, self.memory_ids)
         counts = (is_memory & attention_mask.bool()).sum(dim=1)
-        used = compressed.soft_tokens[expand_spans(counts, document_index)]
-        return Compressed(used, compressed.scores)
+        order = send(expand_spans(counts, document_index), compressed.soft_tokens.device)
+        return Compressed(compressed.soft_tokens.index_select(0, order), compressed.scores)
 
     # ------------------------------------------------------------------ training
 

@@ -113,6 +113,7 @@ class DocumentPrompt:
         tokenizer: The compressor's, with memory tokens (and `<RR>`) added.
         config: Gives the texts, the rate and the length limit.
         rate: Document tokens per soft token; None: the config's.
+        query_dependent: Whether a question is read with the document.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class DocumentPrompt:
         self.tokenizer = tokenizer
         self.config = config
         self.rate = rate
+        self.query_dependent = config.query_dependent
         self.memory_ids = [token_id(tokenizer, name) for name in config.memory_token_names]
         self._verbatim = VerbatimEncoder(tokenizer) if config.prompt_encoding == "whole" else None
 
@@ -139,6 +141,12 @@ class DocumentPrompt:
         """Return the same prompt at another rate."""
         other = copy.copy(self)
         other.rate = rate
+        return other
+
+    def without_question(self) -> DocumentPrompt:
+        """Return the same prompt for documents alone: what query-dependent models learn first."""
+        other = copy.copy(self)
+        other.query_dependent = False
         return other
 
     def tokenize(self, text: str) -> list[int]:
@@ -178,7 +186,7 @@ class DocumentPrompt:
             EmptyDocumentError: The document has no tokens.
             ValueError: A question is missing or out of place.
         """
-        if self.config.query_dependent != (question is not None):
+        if self.query_dependent != (question is not None):
             raise ValueError(
                 "This checkpoint is query-dependent: give the question with the document."
                 if question is None

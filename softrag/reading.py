@@ -53,17 +53,21 @@ def read_documents(
     if at.rerank is not None and rerank_embedding is not None:
         rerank = rerank_embedding.to(dtype).expand(len(at.rerank), -1)
         embeddings = embeddings.index_copy(0, at.rerank, rerank)
-    memory = memory_embedding.to(dtype).view(-1, width)[at.which]
+    memory = memory_embedding.to(dtype).view(-1, width)
+    # One token's gradient is a plain sum; picked by index, it would be added up row by row.
+    memory = memory[at.which] if len(memory) > 1 else memory.expand(len(at.which), -1)
     position, words = packed.position, None
     if at.windows is not None:
         words = at.windows.mean(embeddings[at.text])
         memory = memory + words
         position = position.index_copy(0, at.memory, at.windows.end)
     states = run(embeddings.index_copy(0, at.memory, memory), packed, position)
-    memory = states[at.memory]
+    memory = states.index_select(0, at.memory)
     if at.windows is not None:
-        memory = memory + at.windows.mean(states[at.text])
-    return Read(memory, words, None if at.rerank is None else states[at.rerank])
+        assert at.text is not None
+        memory = memory + at.windows.mean(states.index_select(0, at.text))
+    at_rerank = None if at.rerank is None else states.index_select(0, at.rerank)
+    return Read(memory, words, at_rerank)
 
 
 def in_compute_dtype(embeddings: torch.Tensor) -> torch.Tensor:

@@ -20,14 +20,10 @@ from softrag.prompt import (
     add_special_tokens,
     token_id,
 )
-from softrag_trainers.collators import (
-    FineTuningCollator,
-    Lesson,
-    MemoryCollator,
-    PretrainingCollator,
-    TextPiece,
-)
+from softrag_trainers.collators import Lesson, MemoryCollator
 from softrag_trainers.examples import QuestionRow
+from softrag_trainers.finetuning import FineTuningCollator
+from softrag_trainers.pretraining import PretrainingCollator, TextPiece
 from tests.families import FAMILIES, build_tokenizer
 
 ROW = QuestionRow(

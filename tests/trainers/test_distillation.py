@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from softrag.model import SoftRAGModel
-from softrag_trainers.collators import FineTuningCollator
 from softrag_trainers.distillation import TextTeacher
+from softrag_trainers.finetuning import FineTuningCollator, Rows
 from softrag_trainers.options import Optimizer, Run
-from softrag_trainers.runs import Rows
 from softrag_trainers.trainer import SoftRAGTrainer
 from tests.checkpoints import build_model
 from tests.trainers.tiny import question_rows

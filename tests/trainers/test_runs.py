@@ -22,7 +22,8 @@ from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt
 from softrag_trainers.__main__ import main
 from softrag_trainers.options import Finetune, Pretrain, PretrainingData, read_options
-from softrag_trainers.runs import TextPieces, finetune, score_questions
+from softrag_trainers.pretraining import TextPieces
+from softrag_trainers.runs import finetune, score_questions
 from tests.checkpoints import build_model
 from tests.trainers.tiny import (
     question_records,
@@ -161,6 +162,103 @@ def test_the_text_baseline_trains_the_decoder_alone(tmp_path: Path, questions: s
     assert logged(tmp_path / "model", "eval_loss") == logged(
         tmp_path / "model", "eval_loss_without"
     )
+    untouched = SoftRAGModel.from_base(SoftRAGModel.from_pretrained(tmp_path / "model").config)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any(t.any() for name, t in tensors.items() if name.endswith(".difference"))
+    torch.testing.assert_close(
+        tensors["connector.up.weight"].float(), untouched.connector.up.weight, rtol=0, atol=0.01
+    )
+
+
+def test_an_int8_checkpoint_is_taken_up_where_it_was_left(
+    tmp_path: Path, texts: str, questions: str
+) -> None:
+    start = build_model(compressor_layers=1, readout="words")
+    start.save_pretrained(tmp_path / "int8", storage="int8")
+    stored = SoftRAGModel.from_pretrained(tmp_path / "int8", dtype=torch.float32)
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    model = f"model={tmp_path / 'int8'}"
+
+    for stage, files, short in (
+        ("pretrain", f"data.train=[{texts}]", SHORT_TEXTS),
+        ("finetune", f"data.train=[{questions}]", SHORT_ANSWERS),
+    ):
+        same, moved = tmp_path / f"{stage}-same", tmp_path / f"{stage}-moved"
+        common = [stage, model, files, *short, "run.storage=full"]
+        assert main([*common, *still, f"out_dir={same}"]) == 0
+        assert main([*common, f"out_dir={moved}"]) == 0
+
+        expected, kept, learned = (
+            stored.trained_state(), load_file(same / "model.safetensors"),
+            load_file(moved / "model.safetensors"),
+        )  # fmt: skip
+        assert set(kept) == set(expected)
+        for name, value in expected.items():
+            # Not a bit is lost; what training moves, it moves in float32.
+            assert torch.equal(kept[name], value), name
+            assert learned[name].dtype == torch.float32
+        assert not torch.equal(
+            learned["compressor.layers.0.mlp.up_proj.weight"],
+            expected["compressor.layers.0.mlp.up_proj.weight"],
+        )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_dropout_is_set_for_a_checkpoint_and_rests_while_evaluating(
+    tmp_path: Path, texts: str, questions: str, stage: str
+) -> None:
+    build_model(decoder_lora={"r": 4, "alpha": 8, "dropout": 0.3}).save_pretrained(tmp_path / "m")
+    files, short = (texts, SHORT_TEXTS) if stage == "pretrain" else (questions, SHORT_ANSWERS)
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    losses, evaluated = {}, {}
+    for dropout in (0.0, 0.5):
+        folder = tmp_path / f"{stage}-{dropout}"
+        options = [f"model={tmp_path / 'm'}", f"out_dir={folder}", f"optimizer.dropout={dropout}"]
+        files_of = [f"data.train=[{files}]", f"data.validation=[{files}]"]
+        assert main([stage, *options, *files_of, *short, *still]) == 0
+        losses[dropout] = logged(folder, "loss")
+        evaluated[dropout] = logged(folder, "eval_loss")
+        config = json.loads((folder / "config.json").read_text())
+        assert config["decoder_lora"]["dropout"] == dropout
+
+    assert evaluated[0.0] == evaluated[0.5]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(losses[0.0], losses[0.5], strict=True))
+
+
+def test_the_best_weights_are_kept_and_said_to_be(tmp_path: Path, questions: str) -> None:
+    # Other answers than those that are learned: what it learns makes it worse.
+    records = [record | {"answers": ["7 8 9 6 5 4 3 2 1"]} for record in question_records()]
+    others = write_lines(tmp_path / "others.jsonl", records)
+    arguments = [
+        *("finetune", *tiny_arch(), *SHORT_ANSWERS, "optimizer.steps=12"),
+        *(f"data.train=[{questions}]", f"data.validation=[{others}]", "run.storage=full"),
+        *(f"optimizer.{part}_lr=0.1" for part in ("compressor", "connector", "decoder")),
+        *("run.eval_every=2", "run.score_on_the_way=false", f"out_dir={tmp_path / 'model'}"),
+    ]
+
+    assert main([*arguments, "run.keep_best=true"]) == 0
+
+    evaluated = logged(tmp_path / "model", "eval_loss")
+    best = evaluated.index(min(evaluated))
+    assert len(evaluated) == 7
+    assert 0 < best < 5
+    assert logged(tmp_path / "model", "kept_step") == [2 * (best + 1)]
+    assert logged(tmp_path / "model", "kept_loss") == [min(evaluated)]
+    # Answers are written once, at the end.
+    assert len(logged(tmp_path / "model", "eval_f1")) == 1
+    again = [*arguments, f"model={tmp_path / 'model'}", "optimizer.steps=1", "run.eval_every=0"]
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    assert main([*again, *still, f"out_dir={tmp_path / 'again'}"]) == 0
+    assert logged(tmp_path / "again", "eval_loss") == pytest.approx([min(evaluated)])
+
+
+def test_keeping_the_best_needs_evaluations(
+    tmp_path: Path, questions: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finetune", *tiny_arch(), *SHORT, f"data.train=[{questions}]"]
+
+    assert main([*arguments, f"out_dir={tmp_path / 'model'}", "run.keep_best=true"]) == 1
+    assert "set run.eval_every" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_is_resumed_and_one_that_never_began_is_begun(
@@ -184,7 +282,7 @@ def test_a_run_that_was_stopped_is_resumed_and_one_that_never_began_is_begun(
 
 
 def test_two_processes_learn_what_one_with_twice_the_batch_learns(
-    tmp_path: Path, questions: str
+    tmp_path: Path, questions: str, texts: str
 ) -> None:
     build_model(seed=7).save_pretrained(tmp_path / "teacher")
     arguments = [
@@ -196,6 +294,11 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         f"data.validation=[{questions}]",
         "data.min_documents=1",
         "data.text_share=0.5",
+        f"replay.train=[{texts}]",
+        "replay.min_chunk_tokens=8",
+        "replay.max_chunk_tokens=24",
+        "replay.quotation=0",
+        "replay.cloze=0",
         # Two processes keep one clock; there is time enough for every step.
         "optimizer.minutes=1000",
         "query_dependent=true",

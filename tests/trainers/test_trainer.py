@@ -19,16 +19,14 @@ from torch import nn
 from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
 from softrag.prompt import encode_text
-from softrag_trainers.collators import (
-    FineTuningCollator,
-    Lesson,
-    MemoryCollator,
-    PretrainingCollator,
-)
+from softrag_trainers.collators import Lesson, MemoryCollator
 from softrag_trainers.examples import QuestionRow
+from softrag_trainers.finetuning import FineTuningCollator, Rows
 from softrag_trainers.options import Optimizer, PretrainingData, Run
-from softrag_trainers.runs import Rows, TextPieces, score_questions
-from softrag_trainers.trainer import DivergedError, SoftRAGTrainer
+from softrag_trainers.pretraining import PretrainingCollator, TextPieces
+from softrag_trainers.runs import score_questions
+from softrag_trainers.trainer import SoftRAGTrainer
+from softrag_trainers.watches import DivergedError
 from tests.checkpoints import build_model
 from tests.trainers.tiny import question_rows, text_rows
 
@@ -367,7 +365,7 @@ def test_a_run_ends_decayed_when_its_minutes_are_over(
 ) -> None:
     # A clock by which every step takes a second, however busy the machine is.
     clock = SimpleNamespace(monotonic=count().__next__, perf_counter=time.perf_counter)
-    monkeypatch.setattr("softrag_trainers.trainer.time", clock)
+    monkeypatch.setattr("softrag_trainers.watches.time", clock)
     trainer = build_trainer(
         tmp_path, build_model(), optimizer={"steps": 100_000, "minutes": 5 / 60}
     )

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
+from softrag.packing import send
 from softrag.prompt import encode_text
 
 _PROBE = "Who wrote \u201cHamlet\u201d?\n\n1. William Shakespeare, 1599\u20131601"
@@ -45,42 +47,54 @@ class TextTeacher:
                     "Fine-tune a teacher from the same decoder, with data.text_share=1."
                 )
         self.model = model.merge_adapters().requires_grad_(False)
-        self._divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = divergence
+        self._excess: Callable[..., torch.Tensor] = excess
 
     def compile(self) -> None:
         """Compile what takes the time (CUDA training)."""
         self.model.compile_layers()
-        self._divergence = torch.compile(divergence, dynamic=True)
+        self._excess = torch.compile(excess, dynamic=True)
 
-    def compare(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the summed divergence of a student from the teacher.
+    def exceed(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return by how much the teacher's loss exceeds the labels', over the taught answers.
+
+        A share of it, added to the labels' loss, gives the teacher that share of the loss.
 
         Args:
-            logits: `(labels, vocabulary)` of the student, at the answer tokens of the batch.
+            logits: `(labels, vocabulary)` of the student, at the answer tokens of the batch, those
+                of lessons with a teacher first.
             batch: `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, each `(batch,
                 tokens)`: the same answers behind documents as text.
         """
+        labels = batch["teacher_labels"]
         with torch.no_grad():
             output = self.model(
                 decoder_input_ids=batch["teacher_input_ids"],
                 decoder_attention_mask=batch["teacher_attention_mask"],
-                labels=batch["teacher_labels"],
+                labels=labels,
             )
-        return self._divergence(logits, output.logits)
+        taught = send(labels[labels != IGNORED], logits.device)
+        return self._excess(logits[: len(output.logits)], output.logits, taught)
 
 
-def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Return the summed Kullback-Leibler divergence of two `(tokens, vocabulary)` logits.
+def excess(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the summed Kullback-Leibler divergence from a teacher, less the labels' cross entropy.
 
-    >>> divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
-    tensor(0.)
+    Args:
+        logits: `(tokens, vocabulary)`.
+        teacher_logits: `(tokens, vocabulary)`.
+        labels: `(tokens,)`.
+
+    >>> excess(torch.tensor([[2.0, 2.0]]), torch.tensor([[3.0, 3.0]]), torch.tensor([1]))
+    tensor(-0.6931)
     """
-    return nn.functional.kl_div(
-        logits.float().log_softmax(-1),
-        teacher_logits.float().log_softmax(-1),
-        reduction="sum",
-        log_target=True,
+    # From one softmax over the vocabulary, which is what takes the time and the memory.
+    own = logits.float().log_softmax(-1)
+    divergence = nn.functional.kl_div(
+        own, teacher_logits.float().log_softmax(-1), reduction="sum", log_target=True
     )
+    return divergence + own.gather(1, labels[:, None]).sum()
 
 
 def _tokens(model: SoftRAGModel) -> tuple[int, list[int]]:

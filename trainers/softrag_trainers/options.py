@@ -29,7 +29,6 @@ class Architecture:
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
         lora_alpha: Scale of the adapters, as a multiple of their rank.
-        lora_dropout: On the adapters' inputs.
     """
 
     decoder: str = "smollm2-135m-instruct"
@@ -43,7 +42,6 @@ class Architecture:
     decoder_lora_r: int = 64
     compressor_lora_r: int = 0
     lora_alpha: float = 2.0
-    lora_dropout: float = 0.0
 
 
 @dataclass
@@ -55,13 +53,15 @@ class Optimizer:
         connector_lr: Of the connector and the new tokens' embeddings.
         decoder_lr: Of the decoder's adapters.
         warmup: Share of the run with a rising learning rate.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: AdamW's, on matrices only: towards zero, also where a checkpoint goes on.
+        dropout: On the inputs of the adapters.
         clip: Largest gradient norm.
         batch_size: Rows a device reads at once.
         accumulation: Batches per optimizer step.
         epochs: Passes over the data.
         steps: Optimizer steps instead of epochs; null: by epochs.
-        minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never.
+        minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never. From
+            the end of the first step, so without compilation; with evaluations on the way.
         rerank_weight: What a document's relevance weighs in the loss, an answer token being 1
             (OSCAR, table 7: 0.05).
         distil_weight: Share of the answers' loss that compares with the teacher, where there is
@@ -73,6 +73,7 @@ class Optimizer:
     decoder_lr: float = 5e-4
     warmup: float = 0.05
     weight_decay: float = 0.01
+    dropout: float = 0.0
     clip: float = 1.0
     batch_size: int = 128
     accumulation: int = 1
@@ -92,10 +93,13 @@ class Run:
         bf16: Compute in bfloat16 over float32 trained weights; null: on a GPU.
         compile: Compile the transformer layers.
         gradient_checkpointing: Trade time for memory.
-        workers: Processes that make batches; null: 4 beside a GPU, else none.
+        workers: Processes that make batches; null: up to 8 beside a GPU, else none.
         log_every: Steps between log lines.
         eval_every: Steps between evaluations; 0: only at the end.
         eval_rows: Development rows for the loss, and for generated answers.
+        score_on_the_way: Answer development questions at every evaluation, not only at the last.
+        keep_best: End with the weights of the evaluation with the lowest development loss, the one
+            after the last step included. A resumed run knows none from before.
         save_every: Steps between resumable checkpoints; 0: none but the final model.
         resume: Continue from the last checkpoint in out_dir.
         report_to: "none" or "tensorboard".
@@ -110,6 +114,8 @@ class Run:
     log_every: int = 20
     eval_every: int = 0
     eval_rows: int = 200
+    score_on_the_way: bool = True
+    keep_best: bool = False
     save_every: int = 0
     resume: bool = False
     report_to: str = "none"
@@ -117,12 +123,11 @@ class Run:
 
 
 @dataclass
-class PretrainingData:
-    """Texts and tasks.
+class TextLessons:
+    """Texts, and what they teach; `recipes/lessons` holds the shipped values.
 
     Attributes:
         train: Files or folders of texts.
-        validation: Texts for the development loss; empty: the last rows of `train`.
         samples: Use only so many texts; null: all.
         min_chunk_tokens: Shortest chunk; lengths are drawn between it and max_chunk_tokens.
         max_chunk_tokens: Longest chunk.
@@ -131,11 +136,9 @@ class PretrainingData:
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number missing in a sentence.
         noise: Share of the decoder's own input tokens replaced while it reconstructs.
-        rates: Rates to draw from for each lesson, for one model of several; empty: the model's.
     """
 
     train: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
     samples: int | None = None
     min_chunk_tokens: int = 128
     max_chunk_tokens: int = 128
@@ -144,7 +147,30 @@ class PretrainingData:
     quotation: float = 0.0
     cloze: float = 0.0
     noise: float = 0.0
+
+
+@dataclass
+class PretrainingData(TextLessons):
+    """Texts, what they teach, and how it is checked.
+
+    Attributes:
+        validation: Texts for the development loss; empty: the last rows of `train`.
+        rates: Rates to draw from for each lesson, for one model of several; empty: the model's.
+    """
+
+    validation: list[str] = field(default_factory=list)
     rates: list[int] = field(default_factory=list)
+
+
+@dataclass
+class ReplayedTexts(TextLessons):
+    """Lessons of pre-training between questions; none without `train`.
+
+    Attributes:
+        share: Of these lessons among all rows.
+    """
+
+    share: float = 0.3
 
 
 @dataclass
@@ -207,6 +233,8 @@ class Finetune:
             distributions from (logit distillation); null: learn from labels alone.
         arch: What to build when there is no model.
         data: Questions.
+        replay: Texts that go on teaching the compressor, and keep the questions from being learned
+            by heart.
         optimizer: Learning rates, batch, length.
         run: How it is carried out.
     """
@@ -219,6 +247,7 @@ class Finetune:
     teacher: str | None = None
     arch: Architecture = field(default_factory=Architecture)
     data: QuestionData = field(default_factory=QuestionData)
+    replay: ReplayedTexts = field(default_factory=ReplayedTexts)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
 

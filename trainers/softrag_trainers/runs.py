@@ -6,30 +6,27 @@ import dataclasses
 import logging
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from omegaconf import OmegaConf
-from torch.utils.data import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
+from softrag.adapters import set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
-from softrag_trainers.collators import (
-    FineTuningCollator,
-    PretrainingCollator,
-    TextPiece,
-    cut_text,
-)
 from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
-from softrag_trainers.options import Architecture, Finetune, Pretrain, PretrainingData, Run
+from softrag_trainers.finetuning import FineTuningCollator, Replay, Rows, cut_text
+from softrag_trainers.options import Finetune, Pretrain, TextLessons
+from softrag_trainers.pretraining import PretrainingCollator, TextPieces
+from softrag_trainers.processes import take_device
 from softrag_trainers.reranking import score_reranking
 from softrag_trainers.trainer import SoftRAGTrainer, computes_in_bf16
 
@@ -49,20 +46,9 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
     else:
         kept = len(rows) - min(run.eval_rows, len(rows) // 10)
         rows, held_out = rows[:kept], rows[kept:]
-    model = _start(options.model, options.arch, run)
+    model = _start(options)
     _set_rates(model.config, None, data.rates)
-    assert model.compressor_tokenizer is not None
-    assert model.decoder_tokenizer is not None
-    collator = PretrainingCollator(
-        model.config,
-        model.compressor_tokenizer,
-        model.decoder_tokenizer,
-        continuation=data.continuation,
-        quotation=data.quotation,
-        cloze=data.cloze,
-        noise=data.noise,
-        seed=run.seed,
-    )
+    collator = _collator_of_texts(model, data, run.seed)
 
     def pieces(texts: list[TextRow]) -> TextPieces:
         return TextPieces(texts, collator.document_prompt, data, run.seed)
@@ -91,7 +77,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
     # Evenly from all files: the first rows would be one data set's.
     random.Random(run.seed).shuffle(held_out)
     held_out = held_out[: run.eval_rows]
-    model = _start(options.model, options.arch, run)
+    model = _start(options)
     _set_rates(model.config, options.rate, data.rates)
     if options.query_dependent is not None:
         model.config.query_dependent = options.query_dependent
@@ -103,6 +89,16 @@ def finetune(options: Finetune) -> SoftRAGModel:
         teacher = TextTeacher(options.teacher, model, dtype=dtype)
         if run.compile:
             teacher.compile()
+    replayed, texts = options.replay, None
+    train_rows: Rows | Replay = Rows(rows)
+    if replayed.train and replayed.share:
+        texts = _collator_of_texts(model, replayed, run.seed)
+        pieces = TextPieces(
+            load_texts(replayed.train, replayed.samples), texts.document_prompt, replayed, run.seed
+        )
+        train_rows = Replay(rows, pieces, share=replayed.share, seed=run.seed)
+    if data.text_share == 1 and texts is None:
+        _freeze_compressor(model)
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     collator = FineTuningCollator(
@@ -113,6 +109,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         max_documents=data.max_documents,
         text_share=data.text_share,
         teacher=teacher is not None,
+        replay=texts,
         seed=run.seed,
     )
 
@@ -131,7 +128,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         run=run,
         out_dir=options.out_dir,
         collator=collator,
-        train_rows=Rows(rows),
+        train_rows=train_rows,
         eval_rows=Rows(held_out) if held_out else None,
         score=score if held_out else None,
         teacher=teacher,
@@ -207,111 +204,33 @@ def score_questions(
     return results
 
 
-class Rows(Dataset[Any]):
-    """A list as a data set."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:  # noqa: ANN401
-        """Return one row."""
-        return self.rows[index]
-
-
-class TextPieces(Dataset[TextPiece]):
-    """Texts cut into lessons: some consecutive chunks, and what follows them.
-
-    Chunk lengths and counts are drawn once, so that an epoch is the same on every process.
-
-    Args:
-        texts: What to cut.
-        prompt: Gives the compressor's tokens.
-        data: Chunk lengths and counts.
-        seed: Of the lengths.
-    """
-
-    def __init__(
-        self,
-        texts: Sequence[TextRow],
-        prompt: DocumentPrompt,
-        data: PretrainingData,
-        seed: int,
-    ) -> None:
-        draw = random.Random(seed)
-        self.tokens: list[torch.Tensor] = []
-        self.pieces: list[tuple[int, tuple[int, ...], int]] = []
-        # Many texts at once: the tokenizer is parallel only within one call.
-        for begin in range(0, len(texts), 1000):
-            block = [row.text for row in texts[begin : begin + 1000]]
-            encoded = prompt.tokenizer(
-                block, add_special_tokens=False, split_special_tokens=True, verbose=False
-            )
-            for ids in encoded["input_ids"]:
-                self._cut(ids, data, draw)
-        if not self.pieces:
-            raise ValueError(
-                f"None of the {len(texts)} texts has {data.min_chunk_tokens} tokens or more; lower "
-                "data.min_chunk_tokens or give longer texts."
-            )
-
-    def _cut(self, ids: list[int], data: PretrainingData, draw: random.Random) -> None:
-        position = 0
-        while position < len(ids):
-            borders = [position]
-            for _ in range(draw.randint(1, data.chunks)):
-                length = draw.randint(data.min_chunk_tokens, data.max_chunk_tokens)
-                if borders[-1] + length > len(ids):
-                    break
-                borders.append(borders[-1] + length)
-            if len(borders) == 1:
-                # The rest of a text is a chunk too, unless it is much too short.
-                if len(ids) - position < max(1, data.min_chunk_tokens // 2):
-                    break
-                borders.append(min(len(ids), position + data.max_chunk_tokens))
-            after = min(len(ids), borders[-1] + data.max_chunk_tokens)
-            self.pieces.append((len(self.tokens), tuple(borders), after))
-            position = borders[-1]
-        self.tokens.append(torch.tensor(ids, dtype=torch.int32))
-
-    def first(self, count: int) -> TextPieces:
-        """Keep only so many pieces."""
-        self.pieces = self.pieces[:count]
-        return self
-
-    def __len__(self) -> int:
-        """Return the number of lessons."""
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> TextPiece:
-        """Return one lesson's tokens."""
-        text, borders, after = self.pieces[index]
-        tokens = self.tokens[text]
-        chunks = tuple(tokens[start:stop].tolist() for start, stop in pairwise(borders))
-        return TextPiece(chunks, tokens[borders[-1] : after].tolist())
-
-
-def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel:
+def _start(options: Pretrain | Finetune) -> SoftRAGModel:
     """Load the model to train, or build it, with float32 trained weights."""
+    run, arch, dropout = options.run, options.arch, options.optimizer.dropout
     if run.storage not in STORAGES:
         raise ValueError(f"run.storage is {run.storage!r}; expected one of {STORAGES}.")
+    take_device()
     frozen = torch.bfloat16 if computes_in_bf16(run) else torch.float32
-    if checkpoint is not None:
-        model = SoftRAGModel.from_pretrained(checkpoint, dtype=torch.float32).train()
+    if options.model is not None:
+        model = SoftRAGModel.from_pretrained(options.model, dtype=torch.float32).train()
         model.config.storage = "full"
         trained = set(model.trained_state())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(frozen)
+        for part, adapters in (
+            (model.decoder, model.config.decoder_lora),
+            (model.compressor, model.config.compressor_lora),
+        ):
+            if part is not None and adapters is not None:
+                adapters["dropout"] = dropout
+                set_dropout(part, dropout)
         return model
 
     def lora(rank: int) -> dict[str, Any] | None:
         alpha = round(arch.lora_alpha * rank)
-        return {"r": rank, "alpha": alpha, "dropout": arch.lora_dropout} if rank else None
+        return {"r": rank, "alpha": alpha, "dropout": dropout} if rank else None
 
     config = SoftRAGConfig(
         decoder=arch.decoder,
@@ -328,6 +247,28 @@ def _start(checkpoint: str | None, arch: Architecture, run: Run) -> SoftRAGModel
     return SoftRAGModel.from_base(
         config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed
     ).train()
+
+
+def _freeze_compressor(model: SoftRAGModel) -> None:
+    """Train the decoder alone, where no row has a document to compress."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("decoder."):
+            parameter.requires_grad_(False)
+
+
+def _collator_of_texts(model: SoftRAGModel, data: TextLessons, seed: int) -> PretrainingCollator:
+    assert model.compressor_tokenizer is not None
+    assert model.decoder_tokenizer is not None
+    return PretrainingCollator(
+        model.config,
+        model.compressor_tokenizer,
+        model.decoder_tokenizer,
+        continuation=data.continuation,
+        quotation=data.quotation,
+        cloze=data.cloze,
+        noise=data.noise,
+        seed=seed,
+    )
 
 
 def _set_rates(config: SoftRAGConfig, rate: int | None, rates: list[int]) -> None:
@@ -351,18 +292,31 @@ def _carry_out(trainer: SoftRAGTrainer, options: Pretrain | Finetune) -> SoftRAG
     model = trainer.bare_model
     if run.compile:
         model.compile_layers()
+        # Layers are compiled one by one; there is nothing to split where gradients are exchanged.
+        torch._dynamo.config.optimize_ddp = False
     resume = get_last_checkpoint(str(out_dir)) if run.resume and out_dir.is_dir() else None
     if run.resume and resume is None:
         logger.info("no checkpoint in %s to resume from; starting anew", out_dir)
     trainer.train(resume_from_checkpoint=resume)
-    model.forget_fingerprint()
-    if trainer.is_world_process_zero():
-        # Before any evaluation, which may fail.
-        model.save_pretrained(out_dir, storage=run.storage)
-        OmegaConf.save(OmegaConf.create(dataclasses.asdict(options)), out_dir / "options.yaml")
-        trainer.state.save_to_json(str(out_dir / "trainer_state.json"))
+
+    # Before any evaluation, which may fail.
+    _save(trainer, options)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
+        if trainer.best is not None:
+            if trainer.best.step < trainer.state.global_step:
+                trainer.best.restore(model)
+                _save(trainer, options)
+            trainer.log({"kept_step": trainer.best.step, "kept_loss": trainer.best.loss})
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(out_dir / "trainer_state.json"))
     return model
+
+
+def _save(trainer: SoftRAGTrainer, options: Pretrain | Finetune) -> None:
+    model, out_dir = trainer.bare_model, Path(options.out_dir)
+    model.forget_fingerprint()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out_dir, storage=options.run.storage)
+        OmegaConf.save(OmegaConf.create(dataclasses.asdict(options)), out_dir / "options.yaml")
+        trainer.state.save_to_json(str(out_dir / "trainer_state.json"))

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from softrag import checkpoint
 from softrag.batch import IGNORED
-from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
+from softrag.packing import send
 from softrag_trainers.collators import MemoryCollator
 from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.options import Optimizer, Run
+from softrag_trainers.processes import total
 from softrag_trainers.reranking import rerank_loss
-
-logger = logging.getLogger(__name__)
+from softrag_trainers.watches import BestWeights, EpochCount, LossWatch, TimeBudget
 
 Scores = Mapping[str, float]
 
@@ -38,16 +38,15 @@ def computes_in_bf16(run: Run) -> bool:
     return torch.cuda.is_available() if run.bf16 is None else run.bf16
 
 
-class DivergedError(SoftRAGError):
-    """The loss is no longer a number."""
-
-
 class SoftRAGTrainer(Trainer):
     """Trains a `SoftRAGModel` on the lessons of a collator.
 
     Every evaluation reports the development loss three times: with the right memories
     (`eval_loss`), with another document's (`eval_loss_shuffled`) and with their average
     (`eval_loss_without`). Memories that carry nothing show as three equal numbers.
+
+    Batches stay on the CPU; the model sends what it makes of them to the GPU, which is never waited
+    for between two log lines.
 
     Args:
         model: What is trained, in float32.
@@ -57,7 +56,8 @@ class SoftRAGTrainer(Trainer):
         collator: Makes the batches.
         train_rows: What the collator takes.
         eval_rows: The same, held out.
-        score: Called with the model at every evaluation; its figures are logged.
+        score: Called with the model at every evaluation, or at the last (`run.score_on_the_way`);
+            its figures are logged.
         teacher: What is learned from beside the labels, by `options.distil_weight`.
     """
 
@@ -76,12 +76,19 @@ class SoftRAGTrainer(Trainer):
     ) -> None:
         self.options = options
         self.teacher = teacher
-        self.budget = _TimeBudget(options.minutes)
-        self.watch = _LossWatch(Path(out_dir))
+        self.budget = TimeBudget(options.minutes)
+        self.watch = LossWatch(Path(out_dir))
+        self.best = BestWeights() if run.keep_best else None
         self.score = score
+        self.score_on_the_way = run.score_on_the_way
         self.collator = collator
-        workers = 4 if torch.cuda.is_available() else 0
+        counted = [each for each in (collator, train_rows) if hasattr(each, "epoch")]
         evaluates = eval_rows is not None and run.eval_every > 0
+        if run.keep_best and not evaluates:
+            raise ValueError(
+                "run.keep_best chooses between evaluations: give development rows "
+                "(data.validation) and set run.eval_every."
+            )
         arguments = TrainingArguments(
             output_dir=str(out_dir),
             per_device_train_batch_size=options.batch_size,
@@ -94,9 +101,11 @@ class SoftRAGTrainer(Trainer):
             bf16=computes_in_bf16(run),
             seed=run.seed,
             data_seed=run.seed,
-            dataloader_num_workers=workers if run.workers is None else run.workers,
+            dataloader_num_workers=_default_workers() if run.workers is None else run.workers,
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=run.log_every,
+            # Its look at every loss waits for the device; the watch's does not.
+            logging_nan_inf_filter=False,
             eval_strategy="steps" if evaluates else "no",
             eval_steps=run.eval_every or None,
             save_strategy="steps" if run.save_every else "no",
@@ -107,8 +116,9 @@ class SoftRAGTrainer(Trainer):
             use_cpu=not torch.cuda.is_available(),
             # A bar on a terminal, log lines in a pipe.
             disable_tqdm=not sys.stderr.isatty(),
-            # A batch may hold no placeholder or no <AE>; its parameters then have no gradient.
-            ddp_find_unused_parameters=True,
+            # Every trained weight has a gradient; `compute_loss` sees to it.
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
         )
         if run.gradient_checkpointing:
             _checkpoint_activations(model)
@@ -118,8 +128,9 @@ class SoftRAGTrainer(Trainer):
             data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            callbacks=[_EpochCount(collator), self.budget, self.watch],
+            callbacks=[EpochCount(*counted), self.budget, self.watch],
         )
+        self.accelerator.device_placement = False
         if teacher is not None:
             teacher.model.to(self.args.device)  # type: ignore[arg-type]
         # The loss divides by the labels of the whole accumulated batch.
@@ -170,6 +181,20 @@ class SoftRAGTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """Take the batches of a step and count their labels, those of all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, total(sum(int((batch["labels"] != IGNORED).sum()) for batch in batches))
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return inputs
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Count none: it would walk over all weights at every step."""
+        return 0
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -178,6 +203,9 @@ class SoftRAGTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401 (Trainer's own contract)
         """Mean loss of the answer tokens, with the teacher's and the rerank head's share."""
+        if isinstance(model, DistributedDataParallel):
+            # It would send the batch to the GPU.
+            model.device_ids = None
         read = {
             name: tensor
             for name, tensor in inputs.items()
@@ -186,16 +214,21 @@ class SoftRAGTrainer(Trainer):
         outputs = model(**read, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         items = len(outputs.logits) if num_items_in_batch is None else num_items_in_batch
-        if self.teacher is not None:
-            share = self.options.distil_weight
-            loss = (1 - share) * loss + share * self.teacher.compare(outputs.logits, inputs) / items
+        if self.teacher is not None and "teacher_labels" in inputs:
+            excess = self.teacher.exceed(outputs.logits, inputs)
+            loss = loss + self.options.distil_weight * excess / items
         if outputs.scores is not None and "relevance" in inputs:
-            reranking = rerank_loss(outputs.scores, inputs["relevance"])
+            relevance = send(inputs["relevance"], outputs.scores.device)
+            reranking = rerank_loss(outputs.scores, relevance)
             loss = loss + self.options.rerank_weight * reranking / items
         if model.training:
             if num_items_in_batch is not None:
                 # Trainer divides over processes by averaging their gradients.
                 loss = loss * self.accelerator.num_processes
+            if "document_index" not in inputs and self.accelerator.num_processes > 1:
+                # Without documents nothing was compressed; the other processes wait for gradients.
+                trained = (each for each in self.bare_model.parameters() if each.requires_grad)
+                loss = loss + 0.0 * torch.stack([each.sum() for each in trained]).sum()
             self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
 
@@ -227,7 +260,8 @@ class SoftRAGTrainer(Trainer):
                 labels += int((batch["labels"] != IGNORED).sum())
                 for kind, loss in _three_losses(model, batch):
                     totals[kind] += loss
-            if self.score is not None and self.is_world_process_zero():
+            scores_now = self.score_on_the_way or not self.is_in_train
+            if self.score is not None and scores_now and self.is_world_process_zero():
                 scores = self.score(model)
         metrics = {
             f"{metric_key_prefix}_loss{kind}": total / max(1, labels)
@@ -238,6 +272,8 @@ class SoftRAGTrainer(Trainer):
         metrics[f"{metric_key_prefix}_seconds"] = seconds
         self.watch.leave_out(seconds)
         model.train(was_training)
+        if self.best is not None:
+            self.best.see(model, metrics[f"{metric_key_prefix}_loss"], self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -252,8 +288,7 @@ class SoftRAGTrainer(Trainer):
         training_epoch, self.collator.epoch = self.collator.epoch, 0
         for start in range(0, len(data), size):
             stop = min(start + size, len(data))
-            batch = self.collator([data[index] for index in range(start, stop)])
-            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            yield self.collator([data[index] for index in range(start, stop)])
         self.collator.epoch = training_epoch
 
     @property
@@ -270,6 +305,14 @@ class SoftRAGTrainer(Trainer):
     ) -> None:
         source = checkpoint.open_source(Path(resume_from_checkpoint))
         checkpoint.load_weights(self.bare_model, source)
+
+
+def _default_workers() -> int:
+    """Return how many processes make batches: enough to keep a GPU from waiting."""
+    if not torch.cuda.is_available():
+        return 0
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(8, cores - 2))
 
 
 def _checkpoint_activations(model: SoftRAGModel) -> None:
@@ -300,118 +343,3 @@ def _three_losses(
     for kind, values in kinds.items():
         output = model(**prompts, soft_tokens=values, num_items_in_batch=1)
         yield kind, float(output.loss)
-
-
-class _EpochCount(TrainerCallback):
-    """Tells the collator which pass over the data it is."""
-
-    def __init__(self, collator: MemoryCollator) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class _TimeBudget(TrainerCallback):
-    """Ends a run after so many minutes of training."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.seconds = None if minutes is None else minutes * 60
-        self.started: float | None = None
-        self._spent = 0.0
-
-    def share_spent(self) -> float:
-        """Return how much of the time had gone when the last step ended, 0 to 1."""
-        return self._spent
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.seconds is None:
-            return
-        # From the end of the first step: compilation is no training.
-        if self.started is None:
-            self.started = time.monotonic()
-        spent = [min(1.0, (time.monotonic() - self.started) / self.seconds)]
-        if args.world_size > 1:
-            # One clock for all: they must stop, and lower their rates, at the same step.
-            distributed.broadcast_object_list(spent, group=self._on_the_host)
-        self._spent = spent[0]
-        if self._spent >= 1.0:
-            control.should_training_stop = True
-
-    @cached_property
-    def _on_the_host(self) -> distributed.ProcessGroup:
-        # Through the GPU, every step would wait for the one before it.
-        group: Any = distributed.new_group(backend="gloo")
-        return group
-
-
-class _LossWatch(TrainerCallback):
-    """Counts real tokens and stops the run when a loss is not finite, keeping the batch.
-
-    The loss of a step is looked at one step later, so that the device need not be waited for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokens = 0
-        self._since: float | None = None
-        self._pending: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
-        self._counts: list[torch.Tensor] = []
-
-    def note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        masks = [inputs[name] for name in inputs if name.endswith("attention_mask")]
-        self._counts.append(torch.stack([mask.sum() for mask in masks]).sum())
-        self._pending.append((loss.detach(), inputs))
-        while len(self._pending) > 1:
-            self._check(*self._pending.pop(0))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if control.should_save:
-            # Nothing is to be resumed from weights that are not numbers.
-            self._check_pending()
-        # The first steps compile; the clock starts behind them.
-        if state.global_step == 5:
-            self._drain()
-            self.tokens, self._since = 0, time.perf_counter()
-
-    def tokens_per_second(self) -> int | None:
-        """Real tokens read per second of training; None in the first steps."""
-        self._drain()
-        if self._since is None or not self.tokens:
-            return None
-        return round(self.tokens / max(1e-9, time.perf_counter() - self._since))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._check_pending()
-
-    def leave_out(self, seconds: float) -> None:
-        """Don't count so much time, such as an evaluation's, in the speed."""
-        if self._since is not None:
-            self._since += seconds
-
-    def _drain(self) -> None:
-        self.tokens += int(sum(int(count) for count in self._counts))
-        self._counts.clear()
-
-    def _check_pending(self) -> None:
-        while self._pending:
-            self._check(*self._pending.pop(0))
-
-    def _check(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        if torch.isfinite(loss):
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "diverged_batch.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, path)
-        raise DivergedError(
-            f"The loss is {float(loss)}. The batch that caused it is in {path}. Lower the learning "
-            "rates or optimizer.clip, and check run.bf16."
-        )

@@ -1,0 +1,164 @@
+"""Questions as lessons, and texts among them. It knows no model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from softrag.config import SoftRAGConfig
+from softrag.prompt import DocumentPrompt, DocumentRow
+from softrag_trainers.collators import Lesson, MemoryCollator
+from softrag_trainers.examples import QuestionRow
+from softrag_trainers.pretraining import PretrainingCollator, TextPiece, TextPieces
+
+
+class FineTuningCollator(MemoryCollator):
+    """Questions answered from memories.
+
+    Args:
+        config: The model's.
+        compressor_tokenizer: The model's.
+        decoder_tokenizer: The model's.
+        min_documents: The fewest documents a question is taught with; the gold ones stay.
+        max_documents: The most; None for all that the row has.
+        text_share: Share of questions that read their documents as text, so that one decoder
+            answers from both; 1 trains the text baseline.
+        teacher: Whether every question comes with the text that a `TextTeacher` reads.
+        replay: Makes lessons of the pieces of text among the rows; None: all rows are questions.
+        seed: Of every random choice.
+    """
+
+    def __init__(
+        self,
+        config: SoftRAGConfig,
+        compressor_tokenizer: PreTrainedTokenizerBase,
+        decoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        min_documents: int = 5,
+        max_documents: int | None = None,
+        text_share: float = 0.0,
+        teacher: bool = False,
+        replay: PretrainingCollator | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config, compressor_tokenizer, decoder_tokenizer, seed=seed)
+        self.min_documents = min_documents
+        self.max_documents = max_documents
+        self.text_share = text_share
+        self.teacher = teacher
+        self.replay = replay
+
+    def lessons(self, rows: Sequence[QuestionRow | TextPiece]) -> list[Lesson]:
+        """Return a lesson for every row, the questions' first."""
+        if self.replay is None:
+            return super().lessons(rows)
+        self.replay.epoch = self.epoch
+        texts = [row for row in rows if isinstance(row, TextPiece)]
+        questions = [row for row in rows if not isinstance(row, TextPiece)]
+        return super().lessons(questions) + self.replay.lessons(texts)
+
+    def lesson(self, row: QuestionRow) -> Lesson:
+        """Compress a question's documents; teach its first answer."""
+        if not row.answers:
+            raise ValueError(
+                f"Question {row.id!r} has no answer to teach. Give it one, or have a teacher give "
+                "it: python -m softrag_trainers label."
+            )
+        chosen = self._choose(row)
+        documents = [row.documents[index] for index in chosen]
+        question, answer = row.question, row.answers[0]
+        for_question = question if self.config.query_dependent else None
+        rendered = [self.document_prompt.render(text, for_question) for text in documents]
+        as_text, from_text = self.random.random() < self.text_share, None
+        if as_text or self.teacher:
+            # Cut where the compressor would cut, so that both read the same.
+            texts = [
+                cut_text(self.document_prompt, text, document)
+                for text, document in zip(documents, rendered, strict=True)
+            ]
+            from_text = self.rag_prompt.render(question, texts, answer)
+        teacher = from_text if self.teacher else None
+        if as_text and from_text is not None:
+            return Lesson([], from_text, teacher=teacher)
+        lengths = [document.n_memory for document in rendered]
+        prompt = self.rag_prompt.render(question, lengths, answer)
+        relevance = row.relevance or (row.gold if any(row.gold) else ())
+        said = [float(relevance[index]) for index in chosen if relevance]
+        return Lesson(rendered, prompt, said, teacher)
+
+    def _choose(self, row: QuestionRow) -> list[int]:
+        """Return which documents are read, in the order they are read in."""
+        most = min(self.max_documents or len(row.documents), len(row.documents))
+        count = self.random.randint(min(self.min_documents, most), most)
+        order = list(range(len(row.documents)))
+        gold = [index for index in order if row.gold[index]]
+        rest = [index for index in order if not row.gold[index]]
+        self.random.shuffle(rest)
+        kept = set((gold + rest)[: max(count, len(gold[:most]))])
+        chosen = [index for index in order if index in kept]
+        self.random.shuffle(chosen)
+        return chosen
+
+
+def cut_text(prompt: DocumentPrompt, text: str, row: DocumentRow) -> str:
+    """Return as much of a text as the compressor read of it."""
+    if not row.truncated:
+        return text
+    return str(prompt.tokenizer.decode(prompt.tokenize(text)[: row.n_document_tokens]))
+
+
+class Rows(Dataset[Any]):
+    """A list as a data set."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:  # noqa: ANN401
+        """Return one row."""
+        return self.rows[index]
+
+
+class Replay(Dataset[Any]):
+    """Questions, and among them pieces of text: other ones in every epoch, until all were read.
+
+    Args:
+        questions: Read once an epoch.
+        texts: Read one after the other, in a random order.
+        share: Of pieces among all rows, from 0 to less than 1.
+        seed: Of the texts' order.
+
+    Attributes:
+        epoch: The pass over the questions; the trainer counts it.
+    """
+
+    epoch = 0
+
+    def __init__(
+        self, questions: Sequence[QuestionRow], texts: TextPieces, *, share: float, seed: int
+    ) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"replay.share is {share}; expected 0 or more, and less than 1.")
+        self.questions = questions
+        self.texts = texts
+        self._n_texts = round(len(questions) * share / (1 - share))
+        self._order = list(range(len(texts)))
+        random.Random(seed).shuffle(self._order)
+
+    def __len__(self) -> int:
+        """Return the number of rows of an epoch."""
+        return len(self.questions) + self._n_texts
+
+    def __getitem__(self, index: int) -> QuestionRow | TextPiece:
+        """Return one row."""
+        if index < len(self.questions):
+            return self.questions[index]
+        number = self.epoch * self._n_texts + index - len(self.questions)
+        return self.texts[self._order[number % len(self._order)]]
