@@ -17,7 +17,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 
 import softrag
+from softrag.bench.measure import commit
 from softrag.bulk import Progress, StoreAddress, WorkerSetup, index_files
 from softrag.compressor import Compressor
 from softrag.config import SoftRAGConfig
@@ -134,9 +134,6 @@ class Bench:
 
     def note(self, name: str, value: float, unit: str) -> None:
         """Print a measure and write all of them, so that a run cut short leaves its part."""
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         device = torch.cuda.get_device_name(0) if self.gpus else platform.machine()
         self.results.append(
             {
@@ -146,7 +143,7 @@ class Bench:
                 "floor": None,
                 "device": f"{device} x{self.gpus}",
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "commit": commit,
+                "commit": commit(),
                 "command": "python " + " ".join(sys.argv),
                 "seed": 0,
             }

@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from statistics import mean
 
 from softrag import Document, SoftRAG
+from softrag.bench.measure import commit
 from softrag.cli.options import DEMO
 from softrag.decoder.runner import Chosen, NewRow
 
@@ -117,16 +117,13 @@ def main() -> None:
             gc.collect()
             gc.freeze()
         runs = asyncio.run(measure(ask, batches, options))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     result = {
         "framework": options.framework,
         "runs": runs,
         "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
         "load average at the end": os.getloadavg(),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit,
+        "commit": commit(),
         "command": "python " + " ".join(sys.argv),
     }
     if options.out:

@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from softrag import Document, SoftRAG
+from softrag.bench.measure import commit
 from softrag.cli.options import DEMO
 
 PACKAGES = ("torch", "transformers", "qdrant-client", "softrag-memory")
@@ -34,9 +34,6 @@ def main() -> None:
     options = parser.parse_args()
     results: list[dict] = []
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
     def note(name: str, value: float, unit: str, floor: float | None = None) -> None:
         results.append(
@@ -47,7 +44,7 @@ def main() -> None:
                 "floor": None if floor is None else round(floor, 4),
                 "device": device,
                 "versions": {package: version(package) for package in PACKAGES},
-                "commit": commit,
+                "commit": commit(),
                 "command": "python " + " ".join(sys.argv),
                 "seed": 0,
             }

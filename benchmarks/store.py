@@ -15,7 +15,6 @@ import multiprocessing
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from softrag.bench.measure import commit
 from softrag.codec import CODECS
 from softrag.documents import Chunk, chunk_id
 from softrag.memory import Memory, memory_key
@@ -209,9 +209,7 @@ class Notes:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.values: list[dict] = []
-        self.commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        self.commit = commit()
 
     def add(self, name: str, value: float, unit: str, floor: float | None = None) -> None:
         """Note and print a measure."""

@@ -26,6 +26,7 @@ import httpx
 import torch
 
 from softrag import DecodeRequest, DecoderError, DecodeResult, TorchDecoder, VLLMDecoder
+from softrag.bench.measure import commit
 from softrag.codec import decode, encode
 from softrag.export import cached_export
 from softrag.model import SoftRAGModel
@@ -85,9 +86,6 @@ def noter(out: Path, python: str) -> Note:
     theirs = printed.stdout.split()[-2:]
     versions = {package: version(package) for package in PACKAGES}
     versions |= {"vllm": theirs[0], "transformers beside vllm": theirs[1]}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
     def note(name: str, value: float, unit: str, floor: float | None = None) -> None:
         results.append(
@@ -99,7 +97,7 @@ def noter(out: Path, python: str) -> Note:
                 "device": f"{platform.machine()}, {torch.get_num_threads()} threads, "
                 f"load {os.getloadavg()[0]:.1f}",
                 "versions": versions,
-                "commit": commit,
+                "commit": commit(),
                 "command": "python -m benchmarks.vllm_cpu " + " ".join(sys.argv[1:]),
                 "seed": 0,
             }

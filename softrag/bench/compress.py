@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -45,14 +44,13 @@ def bench_compress(
     hardware: Hardware,
     *,
     documents: int,
-    lengths: Sequence[int] = REAL_LENGTHS,
     batch_tokens: int | None = None,
     name: str = "compress",
 ) -> None:
     """Measure documents of 128 tokens and of real lengths, texts to memories."""
     compressor = Compressor(model, batch_tokens)
     rates = {}
-    for kind, sizes in (("128 tokens", 128), ("real lengths", list(lengths))):
+    for kind, sizes in (("128 tokens", 128), ("real lengths", REAL_LENGTHS)):
         texts = random_texts(compressor.prompt.tokenizer, documents, sizes, seed=recorder.seed)
         rows = [compressor.prompt.render(text) for text in texts]
         tokens = sum(len(row.input_ids) for row in rows) / documents

@@ -200,7 +200,6 @@ def bench_batch(
     *,
     batch: int = 64,
     new_tokens: int = 64,
-    repeat: int = 3,
 ) -> None:
     """Measure a static batch in both modes, end to end."""
     seconds = {}
@@ -210,7 +209,7 @@ def bench_batch(
         with peak_memory(recorder.device) as peak:
             seconds[mode] = median_seconds(
                 partial(decoder.generate, requests), recorder.device,
-                repeat=repeat, warmup=2,
+                repeat=3, warmup=2,
             )  # fmt: skip
         floor = floors.answers(batch, tokens, new_tokens)
         name = f"{mode}, {DOCUMENTS} documents, batch {batch}"
@@ -218,7 +217,7 @@ def bench_batch(
         recorder.add(f"{name}: answers", batch / seconds[mode], "answers/s", batch / floor)
         short = [replace(request, max_new_tokens=1) for request in requests]
         first = median_seconds(
-            partial(decoder.generate, short), recorder.device, repeat=repeat, warmup=1
+            partial(decoder.generate, short), recorder.device, repeat=3, warmup=1
         )
         recorder.add(f"{name}: first token", first, "s", floors.prefill(batch, tokens))
         if peak():

@@ -18,6 +18,9 @@ from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.store import MemoryStore
 
+TOP_K = 5
+"""Documents a question is answered from."""
+
 
 def bench_end_to_end(
     model: SoftRAGModel,
@@ -27,7 +30,6 @@ def bench_end_to_end(
     chunks: int = 200,
     questions: int = 64,
     new_tokens: int = 64,
-    top_k: int = 5,
 ) -> None:
     """Measure indexing, single questions, many questions at once, and the naive loop over them.
 
@@ -38,7 +40,6 @@ def bench_end_to_end(
         chunks: Documents of 128 tokens to index.
         questions: How many are asked at once.
         new_tokens: Most tokens of an answer.
-        top_k: Documents a question is answered from.
     """
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
@@ -52,7 +53,7 @@ def bench_end_to_end(
         started = perf_counter()
         report = indexing.add(Document(text=text, source=str(n)) for n, text in enumerate(texts))
         recorder.add("index", report.chunks_added / (perf_counter() - started), "chunks/s")
-        found = [indexing.retrieve(question, top_k) for question in asked]
+        found = [indexing.retrieve(question, TOP_K) for question in asked]
         # Before a decoder merges the adapters.
         naive = _answer_naively(model, recorder, asked, found, new_tokens)
         engine = SoftRAG(
@@ -61,7 +62,7 @@ def bench_end_to_end(
         )  # fmt: skip
         modes: tuple[Mode, ...] = ("memory", "text")
         for mode in modes:
-            _answer(engine, recorder, asked, mode, new_tokens, top_k, naive[mode])
+            _answer(engine, recorder, asked, mode, new_tokens, naive[mode])
 
 
 def _answer_naively(
@@ -96,13 +97,12 @@ def _answer(
     questions: list[str],
     mode: Mode,
     new_tokens: int,
-    top_k: int,
     naive: float,
 ) -> None:
     for question in questions[:2]:
-        engine.ask(question, k=top_k, mode=mode, max_new_tokens=new_tokens)
+        engine.ask(question, k=TOP_K, mode=mode, max_new_tokens=new_tokens)
     alone = [
-        engine.ask(question, k=top_k, mode=mode, max_new_tokens=new_tokens)
+        engine.ask(question, k=TOP_K, mode=mode, max_new_tokens=new_tokens)
         for question in questions[:8]
     ]
     firsts = [answer.timings.first_token_s for answer in alone]
@@ -111,7 +111,7 @@ def _answer(
     recorder.add(f"ask, {mode}: whole answer", statistics.median(totals), "s")
     with peak_memory(recorder.device) as peak:
         started = perf_counter()
-        engine.ask_many(questions, k=top_k, mode=mode, max_new_tokens=new_tokens)
+        engine.ask_many(questions, k=TOP_K, mode=mode, max_new_tokens=new_tokens)
         seconds = perf_counter() - started
     name = f"ask_many, {mode}, {len(questions)} questions"
     recorder.add(f"{name}: answers", len(questions) / seconds, "answers/s")

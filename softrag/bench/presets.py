@@ -100,17 +100,15 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
-    lora: bool = True,
     load_decoder: bool = True,
 ) -> SoftRAGModel:
-    """Build a model of a preset's shape with random weights.
+    """Build a model of a preset's shape with random weights, its decoder with adapters.
 
     Args:
         preset: A key of `PRESETS`.
         device: Where it is built.
         dtype: Of all weights.
         seed: Of the weights.
-        lora: Whether the decoder carries adapters, as trained checkpoints do.
         load_decoder: False leaves the decoder out.
     """
     if preset not in PRESETS:
@@ -121,7 +119,7 @@ def build_model(
         compressor=preset,
         decoder_config=decoder_shape,
         compressor_config=compressor_shape,
-        decoder_lora={"r": 16, "alpha": 32} if lora and load_decoder else None,
+        decoder_lora={"r": 16, "alpha": 32} if load_decoder else None,
         fingerprint="0" * 32,
     )
     torch.manual_seed(seed)

@@ -15,6 +15,10 @@ from softrag.memory import Memory, memory_key
 from softrag.store import MemoryStore
 
 FINGERPRINT = "0" * 32
+N_SOFT = 8  # soft tokens of a chunk
+DIMENSION = 384  # of search embeddings
+BATCH = 64  # chunks per write
+TOP_K = 5  # chunks per search
 
 
 def bench_store(
@@ -22,11 +26,7 @@ def bench_store(
     *,
     chunks: int,
     hidden: int,
-    n_soft: int = 8,
-    dimension: int = 384,
     location: str | None = None,
-    batch: int = 64,
-    top_k: int = 5,
 ) -> None:
     """Measure a store of random memories.
 
@@ -34,30 +34,26 @@ def bench_store(
         recorder: Takes the results.
         chunks: How many to store.
         hidden: Width of a soft token.
-        n_soft: Soft tokens of a chunk.
-        dimension: Of search embeddings.
         location: As `MemoryStore.open` takes it; None for a temporary folder.
-        batch: Chunks per write.
-        top_k: Chunks per search.
     """
     chance = np.random.default_rng(recorder.seed)
     generator = torch.Generator().manual_seed(recorder.seed)
     with tempfile.TemporaryDirectory() as folder:
         store = MemoryStore.open(
             location or folder, collection="softrag_bench", fingerprint=FINGERPRINT,
-            embedder="random", dimension=dimension,
+            embedder="random", dimension=DIMENSION,
         )  # fmt: skip
         with store:
-            embeddings = chance.standard_normal((chunks, dimension)).astype(np.float32)
+            embeddings = chance.standard_normal((chunks, DIMENSION)).astype(np.float32)
             embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-            raw = n_soft * hidden * 2
+            raw = N_SOFT * hidden * 2
             spent = 0.0
-            for start in range(0, chunks, batch):
-                numbers = range(start, min(chunks, start + batch))
+            for start in range(0, chunks, BATCH):
+                numbers = range(start, min(chunks, start + BATCH))
                 written = [_chunk(number) for number in numbers]
                 memories = [
                     Memory(
-                        values=torch.randn(n_soft, hidden, generator=generator).bfloat16(),
+                        values=torch.randn(N_SOFT, hidden, generator=generator).bfloat16(),
                         key=memory_key(FINGERPRINT, chunk.text),
                         fingerprint=FINGERPRINT,
                         n_document_tokens=128,
@@ -72,10 +68,10 @@ def bench_store(
                 times = []
                 for query in embeddings[chance.integers(0, chunks, 50)]:
                     started = perf_counter()
-                    store.search(query, top_k, with_memories=wanted)
+                    store.search(query, TOP_K, with_memories=wanted)
                     times.append(perf_counter() - started)
                 recorder.add(
-                    f"store, {chunks} chunks: search, {top_k} {kind} memories",
+                    f"store, {chunks} chunks: search, {TOP_K} {kind} memories",
                     statistics.median(times), "s",
                 )  # fmt: skip
             on_disk = store.info().bytes_on_disk

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Percentiles of the resamples' means: the ends of a 95% interval.
+_TAILS = (2.5, 97.5)
+
 
 class Interval(NamedTuple):
     """A mean with its confidence interval, in the unit of the values."""
@@ -27,15 +30,11 @@ class Bootstrap:
         n: Number of questions.
         seed: Makes the intervals repeatable.
         resamples: How many times the questions are drawn anew.
-        level: Share of the resamples' means inside the interval.
     """
 
-    def __init__(
-        self, n: int, *, seed: int = 0, resamples: int = 2000, level: float = 0.95
-    ) -> None:
+    def __init__(self, n: int, *, seed: int = 0, resamples: int = 2000) -> None:
         if n < 1:
             raise ValueError(f"Intervals need at least one question, found {n}.")
-        self._tails = (50 * (1 - level), 50 * (1 + level))  # percentiles
         # How often each question was drawn says all of a resample, and makes a mean one product.
         draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
         self._weights = draws.astype(np.float32) / n  # (resamples, questions)
@@ -43,7 +42,7 @@ class Bootstrap:
     def interval(self, values: np.ndarray) -> Interval:
         """Return the mean of `(questions,)` values and its interval; of a difference, pass that."""
         means = self._weights @ np.asarray(values, dtype=np.float32)
-        low, high = np.percentile(means, self._tails)
+        low, high = np.percentile(means, _TAILS)
         return Interval(float(np.mean(values)), float(low), float(high))
 
     def ratio(self, part: np.ndarray, whole: np.ndarray) -> Interval:
@@ -55,5 +54,5 @@ class Bootstrap:
         ratios = parts[wholes != 0] / wholes[wholes != 0]
         if not len(ratios) or not np.mean(whole):
             return Interval(float("nan"), float("nan"), float("nan"))
-        low, high = np.percentile(ratios, self._tails)
+        low, high = np.percentile(ratios, _TAILS)
         return Interval(float(np.mean(part) / np.mean(whole)), float(low), float(high))

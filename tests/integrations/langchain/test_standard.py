@@ -17,79 +17,43 @@ from langchain_softrag import ChatSoftRAG, SoftRAGQdrantVectorStore, SoftRAGRetr
 from softrag import MemoryStore, SoftRAG
 
 
-class TestChatModelUnit(ChatModelUnitTests):
+class OnTheDemoEngine:
     @pytest.fixture(autouse=True)
     def _engine(self, demo_engine):
         self.engine = demo_engine
 
-    @property
-    def chat_model_class(self):
-        return ChatSoftRAG
+
+class OfChatSoftRAG(OnTheDemoEngine):
+    chat_model_class = ChatSoftRAG
+    has_tool_calling = False
+    has_structured_output = False
 
     @property
     def chat_model_params(self):
         return {"engine": self.engine}
 
-    @property
-    def has_tool_calling(self):
-        return False
 
-    @property
-    def has_structured_output(self):
-        return False
+class TestChatModelUnit(OfChatSoftRAG, ChatModelUnitTests):
+    pass
 
 
-class TestChatModelIntegration(ChatModelIntegrationTests):
-    @pytest.fixture(autouse=True)
-    def _engine(self, demo_engine):
-        self.engine = demo_engine
-
-    @property
-    def chat_model_class(self):
-        return ChatSoftRAG
-
-    @property
-    def chat_model_params(self):
-        return {"engine": self.engine}
+class TestChatModelIntegration(OfChatSoftRAG, ChatModelIntegrationTests):
+    supports_json_mode = False
+    supports_model_override = False
 
     @property
     def standard_chat_model_params(self):
         # A few tokens show as much as a hundred.
         return {**super().standard_chat_model_params, "max_tokens": 6}
 
-    @property
-    def has_tool_calling(self):
-        return False
 
-    @property
-    def has_structured_output(self):
-        return False
-
-    @property
-    def supports_json_mode(self):
-        return False
-
-    @property
-    def supports_model_override(self):
-        return False
-
-
-class TestRetriever(RetrieversIntegrationTests):
-    @pytest.fixture(autouse=True)
-    def _engine(self, demo_engine):
-        self.engine = demo_engine
-
-    @property
-    def retriever_constructor(self):
-        return SoftRAGRetriever
+class TestRetriever(OnTheDemoEngine, RetrieversIntegrationTests):
+    retriever_constructor = SoftRAGRetriever
+    retriever_query_example = "Who invented the piano?"
 
     @property
     def retriever_constructor_params(self):
         return {"vectorstore": SoftRAGQdrantVectorStore(self.engine)}
-
-    @property
-    def retriever_query_example(self):
-        return "Who invented the piano?"
 
 
 class TestVectorStore(VectorStoreIntegrationTests):
