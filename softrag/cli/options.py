@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -138,20 +138,28 @@ class EngineOptions:
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Show a command that takes `EngineOptions` to typer as one that takes each of them."""
-    names = [field.name for field in fields(EngineOptions)]
-    options = inspect.signature(EngineOptions, eval_str=True).parameters
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(EngineOptions)
+    ]
     signature = inspect.signature(command, eval_str=True)
     shown: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if parameter.annotation is EngineOptions:
             taken = name
-            shown += options.values()
+            shown += options
         else:
             shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        engine = EngineOptions(**{name: values.pop(name) for name in names})
+        engine = EngineOptions(**{option.name: values.pop(option.name) for option in options})
         command(**{taken: engine}, **values)
 
     run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
