@@ -61,7 +61,7 @@ class Optimizer:
         epochs: Passes over the data.
         steps: Optimizer steps instead of epochs; null: by epochs.
         minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never. From
-            the end of the first step, so without compilation; with evaluations on the way.
+            the end of the first step, or of the third where they compile; evaluations included.
         rerank_weight: What a document's relevance weighs in the loss, an answer token being 1
             (OSCAR, table 7: 0.05).
         distil_weight: Share of the answers' loss that compares with the teacher, where there is

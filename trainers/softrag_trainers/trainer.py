@@ -76,7 +76,7 @@ class SoftRAGTrainer(Trainer):
     ) -> None:
         self.options = options
         self.teacher = teacher
-        self.budget = TimeBudget(options.minutes)
+        self.budget = TimeBudget(options.minutes, uncounted=3 if run.compile else 1)
         self.watch = LossWatch(Path(out_dir))
         self.best = BestWeights() if run.keep_best else None
         self.score = score
@@ -118,7 +118,6 @@ class SoftRAGTrainer(Trainer):
             disable_tqdm=not sys.stderr.isatty(),
             # Every trained weight has a gradient; `compute_loss` sees to it.
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,
         )
         if run.gradient_checkpointing:
             _checkpoint_activations(model)

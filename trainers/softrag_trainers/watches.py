@@ -41,10 +41,17 @@ class EpochCount(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback):
-    """Ends a run after so many minutes of training."""
+    """Ends a run after so many minutes of training.
 
-    def __init__(self, minutes: float | None) -> None:
+    Args:
+        minutes: From the end of the steps that are not counted; None: never.
+        uncounted: How many those are: the first ones compile, which is no training.
+    """
+
+    def __init__(self, minutes: float | None, uncounted: int) -> None:
         self.seconds = None if minutes is None else minutes * 60
+        self.uncounted = uncounted
+        self._steps = 0
         self.started: float | None = None
         self._spent = 0.0
 
@@ -56,9 +63,9 @@ class TimeBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Stop the run when the time is over."""
-        if self.seconds is None:
+        self._steps += 1
+        if self.seconds is None or self._steps < self.uncounted:
             return
-        # From the end of the first step: compilation is no training.
         if self.started is None:
             self.started = time.monotonic()
         # One clock for all processes: they must stop, and lower their rates, at the same step.

@@ -1,0 +1,67 @@
+"""EM, F1 and match of a checkpoint on question sets, with bootstrap intervals.
+
+    python benchmarks/score.py CHECKPOINT QUESTIONS.jsonl… --json FILE [--modes memory text]
+
+The file is written anew after every set: what is there stays when time runs out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from softrag.comparison import Bootstrap, LoadedModel, answer_rows
+from softrag.evaluation import read_questions
+
+METRICS = ("em", "f1", "match")
+
+
+def score(
+    checkpoint: str,
+    files: list[Path],
+    json_file: Path,
+    *,
+    modes: list[str],
+    limit: int,
+    batch_size: int,
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return `[mean, low, high]` by set, mode and metric, in percent."""
+    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size)
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for file in files:
+        questions = read_questions(file, limit)
+        bootstrap = Bootstrap(len(questions))
+        by_mode = scores.setdefault(file.name.split(".jsonl")[0], {})
+        for row in answer_rows(questions, model, modes=modes, batch_size=batch_size):
+            by_mode[row.mode] = {
+                metric: [round(x, 2) for x in bootstrap.interval(row.scores[metric])]
+                for metric in METRICS
+            }
+            print(file.name, row.mode, by_mode[row.mode], flush=True)
+        json_file.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def main() -> None:
+    """Score a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--modes", nargs="+", default=["memory"])
+    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=320)
+    options = parser.parse_args()
+    score(
+        options.checkpoint,
+        options.files,
+        options.json,
+        modes=options.modes,
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+
+
+if __name__ == "__main__":
+    main()
