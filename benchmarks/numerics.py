@@ -9,7 +9,7 @@ bfloat16 rounds, so its answers are compared with those of float32 and scored.
 from __future__ import annotations
 
 import argparse
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 
@@ -24,6 +24,7 @@ from softrag.comparison.intervals import Bootstrap
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder
 from softrag.documents import document_text
+from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 
 
@@ -46,22 +47,16 @@ def main() -> None:
     questions = list(chain.from_iterable(zip(*files, strict=False)))[: options.questions]
     answers = [question.answers for question in questions]
 
-    model = SoftRAGModel.from_pretrained(options.model, device=device, dtype=torch.float32)
-    compressor = Compressor(model)
-    requests = []
-    for question in questions:
-        texts = [
-            piece
-            for document in question.documents[:5]
-            for piece in split_for(compressor, document_text(document.title, document.text))
-        ]
-        requests.append(
-            DecodeRequest(
-                question=question.question,
-                documents=compressor.compress(texts),
-                max_new_tokens=options.max_new_tokens,
-            )
+    memories = _compress(options.model, device, questions)
+    model = SoftRAGModel.from_pretrained(
+        options.model, device=device, dtype=torch.float32, load_compressor=False
+    )
+    requests = [
+        DecodeRequest(
+            question=question.question, documents=read, max_new_tokens=options.max_new_tokens
         )
+        for question, read in zip(questions, memories, strict=True)
+    ]
     few = requests[: options.compared]
     exact = _answer(recorder, model, requests)
     expected = _answer_naively(recorder, model, few)
@@ -87,6 +82,25 @@ def main() -> None:
     print(f"  95 % interval: {low:.2f} to {high:.2f}")
     recorder.add("bfloat16 minus float32: F1, low end of the 95 % interval", low, "points")
     recorder.add("bfloat16 minus float32: F1, high end", high, "points")
+
+
+def _compress(
+    checkpoint: str, device: torch.device, questions: list[evaluation.Question]
+) -> list[list[Memory]]:
+    """Return the memories of each question's first five documents."""
+    compressor = Compressor(
+        SoftRAGModel.from_pretrained(checkpoint, device=device, load_decoder=False)
+    )
+    texts = [
+        [
+            piece
+            for document in question.documents[:5]
+            for piece in split_for(compressor, document_text(document.title, document.text))
+        ]
+        for question in questions
+    ]
+    memories = iter(compressor.compress(list(chain.from_iterable(texts))))
+    return [list(islice(memories, len(pieces))) for pieces in texts]
 
 
 def _answer(recorder: Recorder, model: SoftRAGModel, requests: list[DecodeRequest]) -> list[str]:
