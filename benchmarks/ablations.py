@@ -98,11 +98,11 @@ class Machine:
             **({} if shared else {"arch.compressor": self.tiny}),
             "data.samples": 200,
             "optimizer.steps": 2,
-            "optimizer.batch_size": 8,
+            "optimizer.batch_size": 4,
             "run.bf16": "false",
             "run.compile": "false",
             "run.workers": 0,
-            "run.eval_rows": 6,
+            "run.eval_rows": 4,
             "run.eval_every": 1,
             "run.log_every": 1,
         }
@@ -362,7 +362,7 @@ def main() -> int:
     machine = Machine(
         out=options.out,
         files={"texts": options.texts, "questions": options.questions, "dev": options.qa_dev},
-        limit=options.limit if not options.dry else 4,
+        limit=options.limit if not options.dry else 2,
         tiny=build_tiny(options.out / "tiny") if options.dry else None,
         commit=subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip(),
     )

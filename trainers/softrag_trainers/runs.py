@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from omegaconf import OmegaConf
 from transformers.trainer_utils import get_last_checkpoint
 

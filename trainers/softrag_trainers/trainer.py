@@ -102,7 +102,8 @@ class SoftRAGTrainer(Trainer):
             seed=run.seed,
             data_seed=run.seed,
             dataloader_num_workers=_default_workers() if run.workers is None else run.workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            # The model pins what it makes of a batch.
+            dataloader_pin_memory=False,
             logging_steps=run.log_every,
             # Its look at every loss waits for the device; the watch's does not.
             logging_nan_inf_filter=False,
@@ -119,6 +120,8 @@ class SoftRAGTrainer(Trainer):
             # Every trained weight has a gradient; `compute_loss` sees to it.
             ddp_find_unused_parameters=False,
         )
+        # Several GPUs take several processes; one process would split batches that can't be split.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         if run.gradient_checkpointing:
             _checkpoint_activations(model)
         super().__init__(
