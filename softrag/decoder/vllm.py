@@ -154,6 +154,7 @@ class VLLMDecoder:
             api_key=api_key,
             timeout_s=timeout_s,
             retries=retries,
+            connections=max_concurrent,
         )
         engine: Engine = (
             HashesEngine(server, memory_ids=prompts.prompt.memory_ids)

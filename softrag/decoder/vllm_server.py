@@ -61,6 +61,7 @@ class VLLMServer:
         timeout_s: Longest silence of the server.
         retries: How often a request is sent again when the server is not there or busy, waiting
             0.25, 0.5, 1 … seconds. Never after the first token of an answer.
+        connections: Most that stay open between requests.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class VLLMServer:
         api_key: str | None = None,
         timeout_s: float = 60.0,
         retries: int = 3,
+        connections: int = 64,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, found {url!r}.")
@@ -86,7 +88,7 @@ class VLLMServer:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S),
             # The decoder bounds the requests under way.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
         )
 
     def served(self) -> _Served:
@@ -133,17 +135,20 @@ class VLLMServer:
     def _post(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with self._translate(), self._http.stream("POST", path, json=body) as response:
             self._check(response)
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip()
+            lines = _lines(response)
+            for line in lines:
+                data = line.removeprefix(b"data:").strip()
                 if not data or data == line:
                     continue  # a comment or the border between two events
-                if data == "[DONE]":
+                if data == b"[DONE]":
+                    _drain(lines)
                     return
                 event = json.loads(data)
                 if "error" in event:
+                    said = _message(data.decode())
                     raise RefusedError(
-                        f"The vLLM server at {self.url} failed at an answer: {_message(data)}. "
-                        "Ask again, and see its log."
+                        f"The vLLM server at {self.url} failed at an answer: {said}. Ask again, "
+                        "and see its log."
                     )
                 yield event
         # No [DONE]: the server closed the connection in good order but too early.
@@ -296,6 +301,23 @@ def encode_tensor(tensor: torch.Tensor) -> str:
     file = io.BytesIO()
     torch.save(tensor, file)
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yield lines; httpx's own end at characters too that JSON may hold, such as U+2028."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _drain(lines: Iterator[bytes]) -> None:
+    """Read the end of a body: only then is its connection used again."""
+    try:
+        for _ in lines:
+            pass
+    except httpx.TransportError:
+        pass  # The answer is complete.
 
 
 def _message(body: str) -> str:

@@ -257,6 +257,21 @@ def test_many_callers_get_their_own_answers_and_no_more_run_than_allowed(
     assert 1 < server.most_running <= 5
 
 
+def test_characters_that_end_lines_elsewhere_end_no_message(decoder, server, in_process, memories):
+    server.text = "\u2028 \x85"
+
+    results = decoder.generate(asks(memories)[:1])
+
+    assert plain(results[0]) == plain(in_process.generate(asks(memories)[:1])[0])
+
+
+def test_a_connection_is_opened_once_for_many_answers(decoder, server, memories):
+    for request in asks(memories):
+        decoder.generate([request])
+    assert len(server.requests) == 4
+    assert server.connections == 1
+
+
 def test_closing_a_stream_stops_the_server(decoder, server, memories):
     stream = decoder.stream(replace(asks(memories)[0], max_new_tokens=1500))
     next(stream)

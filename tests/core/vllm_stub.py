@@ -31,9 +31,11 @@ class VLLMStub:
         breaks_after: Tokens after which a connection is cut; None: never.
         prompt_embeds: Whether `--enable-prompt-embeds` was given.
         models: Names served.
+        text: Beside the tokens of an answer; the client reads tokens.
         key: What the client must show; None: nothing.
         gate: Answers wait until it is set.
         memories: What was sent to be kept, by hash.
+        connections: How many clients have opened.
     """
 
     def __init__(self, model: SoftRAGModel, *, port: int = 0) -> None:
@@ -47,10 +49,11 @@ class VLLMStub:
         self.breaks_after: int | None = None
         self.prompt_embeds = True
         self.models = ["exported"]
+        self.text = ""
         self.key: str | None = None
         self.gate = threading.Event()
         self.gate.set()
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.connections = 0
         self.aborted = threading.Event()
         self._lock = threading.Lock()
         stub = self
@@ -70,6 +73,10 @@ class VLLMStub:
         class Server(ThreadingHTTPServer):
             # The default of 5 makes clients that come together wait for a second.
             request_queue_size = 128
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                stub.connections += 1
+                super().process_request(request, client_address)
 
             def handle_error(self, request: object, client_address: object) -> None:
                 pass  # a client that left
@@ -123,7 +130,8 @@ class VLLMStub:
                         return
                     if handler.path != "/v1/completions":
                         _as_generated(event)
-                    _chunk(handler, f"data: {json.dumps(event)}\n\n")
+                    # As vLLM does: only what JSON forbids is escaped.
+                    _chunk(handler, f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
             _chunk(handler, "data: [DONE]\n\n")
             _chunk(handler, "")
         except (BrokenPipeError, ConnectionResetError):
@@ -208,7 +216,7 @@ class VLLMStub:
             if reason or len(written) == 1 or len(ids) >= request["stream_interval"]:
                 choice = {
                     "index": 0,
-                    "text": "",
+                    "text": self.text,
                     "token_ids": ids,
                     "logprobs": {"token_logprobs": logprobs},
                     "finish_reason": reason,
