@@ -13,6 +13,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softrag.decoder.prompts import BuiltPrompt, PromptEmbeddings
 from softrag.decoder.vllm import Piece
 from softrag.errors import DecoderError
@@ -20,6 +22,9 @@ from softrag.extras import load_extra
 
 # For vLLM's processes to end by themselves.
 _SHUTDOWN_S = 10.0
+# On a CPU vLLM wants nearly all memory to be free unless it is told how much to keep keys and
+# values in; what is never used costs none.
+_CPU_CACHE_BYTES = 2**32
 
 
 class LocalEngine:
@@ -28,7 +33,8 @@ class LocalEngine:
     Args:
         folder: The exported decoder.
         embeddings: Its token embeddings.
-        options: Further fields of vLLM's `AsyncEngineArgs`.
+        options: Further fields of vLLM's `AsyncEngineArgs`. On a CPU, `kv_cache_memory_bytes` is
+            4 GiB if not given.
 
     Raises:
         MissingExtraError: vLLM is not installed.
@@ -56,8 +62,9 @@ class LocalEngine:
     async def _start(self, folder: Path, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        defaults = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": _CPU_CACHE_BYTES}
         arguments = self._vllm.AsyncEngineArgs(
-            model=str(folder), enable_prompt_embeds=True, **options
+            model=str(folder), enable_prompt_embeds=True, **(defaults | dict(options))
         )
         return AsyncLLM.from_engine_args(arguments)
 
