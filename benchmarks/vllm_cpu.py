@@ -2,7 +2,7 @@
 
     python -m benchmarks.vllm_cpu --python .venv-vllm/bin/python --out benchmarks/results/….json
 
-`make test-vllm` sets up that other Python. Run it on a quiet machine.
+`make test-vllm` sets up that other Python. Rates are measured by `benchmarks.vllm_rates`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,6 @@ from tests.vllm.questions import ask_demo
 from tests.vllm.server import VLLMProcess
 
 CONCURRENT = 32
-ROUNDS = 2
 PACKAGES = ("torch", "transformers", "softrag-memory")
 EMBEDS = ("--enable-prompt-embeds",)
 Note = Callable[..., None]
@@ -70,15 +70,9 @@ def main() -> None:
             equal(note, "plugin, float32", expected, decoder.generate(requests))
     equal(note, "in process, float32", expected, run_in_process(options.python, requests))
     bf16(note, options.python, requests)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    for dtype in (torch.float32, torch.bfloat16):
-        exported = cached_export("softrag-demo", dtype=dtype)
-        name = str(dtype).removeprefix("torch.")
-        with serve(exported, EMBEDS, name, options.python) as server, open_url(server) as decoder:
-            speed(note, dtype, decoder, requests)
 
 
-def noter(out: Path, python: str) -> Note:
+def noter(out: Path, python: str, module: str = "benchmarks.vllm_cpu") -> Note:
     """Return a function that prints a figure and adds it to the result file."""
     results: list[dict] = []
     code = "import vllm, transformers as t; print(vllm.__version__, t.__version__)"
@@ -98,7 +92,7 @@ def noter(out: Path, python: str) -> Note:
                 f"load {os.getloadavg()[0]:.1f}",
                 "versions": versions,
                 "commit": commit(),
-                "command": "python -m benchmarks.vllm_cpu " + " ".join(sys.argv[1:]),
+                "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
                 "seed": 0,
             }
         )
@@ -148,19 +142,6 @@ def equal(
          f"of {len(expected)}", len(expected))  # fmt: skip
 
 
-def fixed(requests: Sequence[DecodeRequest]) -> list[DecodeRequest]:
-    """Return requests for 32 tokens each, where nothing ends an answer (see `endless`)."""
-    return [replace(each, max_new_tokens=32) for each in requests[:CONCURRENT]]
-
-
-def mixed(requests: Sequence[DecodeRequest]) -> list[DecodeRequest]:
-    """Return requests for 4 to 64 tokens."""
-    return [
-        replace(each, max_new_tokens=4 + n * 60 // (CONCURRENT - 1))
-        for n, each in enumerate(requests[:CONCURRENT])
-    ]
-
-
 @contextmanager
 def endless(*decoders: TorchDecoder | VLLMDecoder) -> Iterator[None]:
     """Let no token end an answer."""
@@ -178,33 +159,6 @@ def timed(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def speed(
-    note: Note, dtype: torch.dtype, decoder: VLLMDecoder, requests: Sequence[DecodeRequest]
-) -> None:
-    """Note answers per second of vLLM and of this process, and their ratio.
-
-    In turns, so that other work on the machine slows all alike.
-    """
-    name = str(dtype).removeprefix("torch.")
-    rivals = {
-        "static batch in process": load_torch(dtype, fused=False),
-        "continuous batch in process": load_torch(dtype),
-        "vLLM over HTTP": decoder,
-    }
-    loads = {"32 tokens each": fixed(requests), "4 to 64 tokens": mixed(requests)}
-    for kind, load in loads.items():
-        seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
-        with endless(*rivals.values()):
-            for _ in range(ROUNDS):
-                for rival, each in rivals.items():
-                    seconds[rival].append(timed(partial(each.generate, load)))
-        best_of = {rival: min(each) for rival, each in seconds.items()}
-        for rival, each in best_of.items():
-            note(f"{rival}, {name}, {kind}", CONCURRENT / each, "answers/s")
-        ratio = best_of["static batch in process"] / best_of["vLLM over HTTP"]
-        note(f"vLLM over HTTP, {name}, {kind}, times the static batch", ratio, "ratio", 1.8)
 
 
 def bytes_per_question(
@@ -297,7 +251,7 @@ def run_in_process(python: str, requests: Sequence[DecodeRequest]) -> list[Decod
         ],
         check=True,
         env={k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "."},
+        | {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "."},
     )
     return [DecodeResult(**each) for each in json.loads(answered.read_text())]
 
@@ -323,40 +277,92 @@ def answer_in_process(asked: Path, answered: Path) -> None:
 
 
 def bf16(note: Note, python: str, requests: Sequence[DecodeRequest]) -> None:
-    """Note the same in bfloat16, and how near ties the divergences are."""
-    in_process = load_torch(torch.bfloat16)
-    expected = in_process.generate(requests)
+    """Note how many answers are equal in bfloat16, and how near to ties the others part."""
+    ours = load_torch(torch.bfloat16)
+    written = [tokens_in_process(ours, each) for each in requests]
     exported = cached_export("softrag-demo", dtype=torch.bfloat16)
     with serve(exported, EMBEDS, "bfloat16", python) as server, open_url(server) as decoder:
-        results = decoder.generate(requests)
-        equal_share = same(results, expected)
-        note("HTTP, bfloat16: answers equal to the decoder in process", equal_share,
-             f"of {len(expected)}")  # fmt: skip
-        eager = load_torch(torch.bfloat16, fused=False)
+        theirs = run_together(partial(tokens_of_vllm, decoder), requests)
+    exact = load_torch(torch.float32, fused=False)
+    rounded = load_torch(torch.bfloat16, fused=False)
+    others = {
+        "vLLM": theirs,
+        "the same decoder in float32": [tokens_in_process(exact, each) for each in requests],
+        "Hugging Face's layers in bfloat16": [
+            tokens_in_process(rounded, each) for each in requests
+        ],
+    }
+    total = f"of {len(requests)}"
+    for other, answers in others.items():
+        equal_ones = sum(a == b for a, b in zip(written, answers, strict=True))
+        note(f"bfloat16: answers of the decoder in process equal to those of {other}",
+             equal_ones, total)  # fmt: skip
+    for name, scorer in (("float32", exact), ("bfloat16", rounded)):
         gaps = [
-            top_two_gap(eager, request, ours.text, theirs.text)
-            for request, ours, theirs in zip(requests, expected, results, strict=True)
-            if ours.text != theirs.text
+            part_at(scorer, request, a, b)
+            for request, a, b in zip(requests, written, theirs, strict=True)
+            if a != b
         ]
         if gaps:
-            note("bfloat16: largest gap of the two best logits where answers part", max(gaps),
-                 "logits")  # fmt: skip
+            start = f"where an answer parts from vLLM's, the two tokens in {name} apart by"
+            note(f"bfloat16: {start}, median", statistics.median(gaps), "nats")
+            note(f"bfloat16: {start}, largest", max(gaps), "nats")
+    apart = torch.cat([margins(exact, *each) for each in zip(requests, written, strict=True)])
+    note("at all places of all answers, the two best tokens in float32 apart by, median",
+         float(apart.median()), "nats")  # fmt: skip
+    note("places of all answers where they are less than 0.25 nats apart",
+         float((apart < 0.25).float().mean()), "share")  # fmt: skip
+
+
+def tokens_in_process(decoder: TorchDecoder, request: DecodeRequest) -> list[int]:
+    """Answer alone, and return the tokens, the one that ends the answer included."""
+    row = decoder._row(request)
+    decoder._engine.finish([row])
+    ended = row.finish_reason == "stop"
+    return row._pending + [min(decoder.prompt.end_ids)] * ended
+
+
+def tokens_of_vllm(decoder: VLLMDecoder, request: DecodeRequest) -> list[int]:
+    """Answer, and return the tokens, the one that ends the answer included."""
+    built = decoder.prompts.build(request.question, request.documents)
+    pieces = decoder.engine.run(built, decoder._sampling(request, 16))
+    return [token for piece in pieces for token in piece.token_ids]
+
+
+def run_together(
+    answer: Callable[[DecodeRequest], list[int]], requests: Sequence[DecodeRequest]
+) -> list[list[int]]:
+    """Answer many at a time."""
+    with ThreadPoolExecutor(CONCURRENT) as threads:
+        return list(threads.map(answer, requests))
 
 
 @torch.no_grad()
-def top_two_gap(decoder: TorchDecoder, request: DecodeRequest, ours: str, theirs: str) -> float:
-    """Return how far the two best logits are apart after what two answers share."""
-    tokenizer = decoder.prompt.tokenizer
-    a, b = (tokenizer.encode(text, add_special_tokens=False) for text in (ours, theirs))
-    shared = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    shared = min(len(a), len(b)) if shared is None else shared
+def log_probabilities(
+    decoder: TorchDecoder, request: DecodeRequest, written: Sequence[int]
+) -> torch.Tensor:
+    """Return `(tokens + 1, vocabulary)` of what follows the prompt and each written token."""
     row = decoder._render(request.question, request.documents)
-    ids = torch.tensor([[*row.input_ids, *a[:shared]]])
-    soft_tokens = torch.cat([memory.values for memory in request.documents])
+    ids = torch.tensor([[*row.input_ids, *written]])
+    soft_tokens = torch.cat([each.values for each in request.documents])
     embeds = decoder.model.embed_prompt(ids, torch.ones_like(ids), soft_tokens)
-    logits = decoder.model.decoder(inputs_embeds=embeds).logits[0, -1]
-    best_two = logits.float().topk(2).values
-    return float(best_two[0] - best_two[1])
+    logits = decoder.model.decoder(inputs_embeds=embeds).logits[0, -1 - len(written) :]
+    return logits.float().log_softmax(-1)
+
+
+def part_at(
+    decoder: TorchDecoder, request: DecodeRequest, a: Sequence[int], b: Sequence[int]
+) -> float:
+    """Return how far the log probabilities of two answers' first unequal tokens are apart."""
+    shared = next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    after = log_probabilities(decoder, request, a[:shared])[-1]
+    return float((after[a[shared]] - after[b[shared]]).abs())
+
+
+def margins(decoder: TorchDecoder, request: DecodeRequest, written: Sequence[int]) -> torch.Tensor:
+    """Return `(tokens,)`: how far the two best tokens are apart at each place of an answer."""
+    best = log_probabilities(decoder, request, written[:-1]).topk(2).values
+    return best[:, 0] - best[:, 1]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,8 @@ class VLLMProcess:
         flags: Of the server.
         dtype: Of the weights.
         python: Of the environment with vLLM; None for this one.
+        compiled: Whether vLLM compiles the model, which takes a minute.
+        environment: Variables beside our own.
     """
 
     PLUGIN_FLAGS = (
@@ -41,6 +43,8 @@ class VLLMProcess:
         flags: Sequence[str],
         dtype: str = "float32",
         python: str | None = None,
+        compiled: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -51,9 +55,11 @@ class VLLMProcess:
             # `vllm serve` of the CPU wheel looks for the metadata of the GPU one.
             *("-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(folder), "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--dtype", dtype, "--enforce-eager", "--served-model-name", "demo"),
+            *("--dtype", dtype, "--served-model-name", "demo"),
+            *(() if compiled else ("--enforce-eager",)),
             *flags,
         ]
+        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -66,6 +72,7 @@ class VLLMProcess:
             "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
+            **self._environment,
         }
         self._log = tempfile.NamedTemporaryFile()
         # A session of its own: killing it takes the engine's processes along.
@@ -88,6 +95,12 @@ class VLLMProcess:
                 self.kill()
                 raise RuntimeError(f"The server did not start:\n{log[-3000:]}")
             time.sleep(0.5)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that answers HTTP, which is the session of all of them."""
+        assert self._process is not None
+        return self._process.pid
 
     def log(self) -> str:
         """Return what it has written so far."""
