@@ -36,20 +36,15 @@ LOADS = {
     FIXED: [TOKENS] * CONCURRENT,
     MIXED: [4 + n * 60 // (CONCURRENT - 1) for n in range(CONCURRENT)],
 }
-SERVERS = ("eager", "one-process", "compiled")
-# vLLM's engine waits for its worker in a busy loop, on a core that the worker wants.
-ONE_PROCESS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-}
+SERVERS = ("eager", "compiled")
 # By the start of their command lines.
 PROCESSES = {
     "VLLM::Worker": "vLLM's worker",
     "VLLM::EngineCore": "vLLM's engine",
     "": "vLLM's HTTP process",
 }
-# vLLM's processes go on waiting in busy loops for a second after their last work.
-SETTLE_S = 1.5
+# vLLM's processes may wait in busy loops for a second after their last work.
+SETTLE_S = 1.2
 Decoder = TorchDecoder | VLLMDecoder
 
 
@@ -99,7 +94,6 @@ def main() -> None:
                 dtype=options.dtype,
                 python=options.python,
                 compiled=kind == "compiled",
-                environment=ONE_PROCESS if kind == "one-process" else {},
             )
             name = f"vLLM over HTTP, {kind}"
             servers[name] = stack.enter_context(server)

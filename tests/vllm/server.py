@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -24,7 +24,6 @@ class VLLMProcess:
         dtype: Of the weights.
         python: Of the environment with vLLM; None for this one.
         compiled: Whether vLLM compiles the model, which takes a minute.
-        environment: Variables beside our own.
     """
 
     PLUGIN_FLAGS = (
@@ -44,7 +43,6 @@ class VLLMProcess:
         dtype: str = "float32",
         python: str | None = None,
         compiled: bool = False,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -59,7 +57,6 @@ class VLLMProcess:
             *(() if compiled else ("--enforce-eager",)),
             *flags,
         ]
-        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -72,7 +69,6 @@ class VLLMProcess:
             "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
-            **self._environment,
         }
         self._log = tempfile.NamedTemporaryFile()
         # A session of its own: killing it takes the engine's processes along.
