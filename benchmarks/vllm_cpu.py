@@ -287,7 +287,7 @@ def bf16(note: Note, python: str, requests: Sequence[DecodeRequest]) -> None:
     rounded = load_torch(torch.bfloat16, fused=False)
     others = {
         "vLLM": theirs,
-        "the same decoder in float32": [tokens_in_process(exact, each) for each in requests],
+        "Hugging Face's layers in float32": [tokens_in_process(exact, each) for each in requests],
         "Hugging Face's layers in bfloat16": [
             tokens_in_process(rounded, each) for each in requests
         ],
