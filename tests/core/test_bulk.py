@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -195,30 +194,22 @@ def test_workers_killed_at_random_times_lose_and_double_nothing(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=120, lines=400)
     expected = by_one_process(corpus, tmp_path / "one")
     dice = random.Random(7)
-    ended = threading.Event()
+    # How far the run is when one of them dies; what its victim is at is up to chance.
+    deaths = [dice.uniform(0.4, 0.8), dice.uniform(0.0, 0.4)]
+    lock = threading.Lock()
     killed = []
 
-    def kill_two():
-        while len(killed) < 2 and not ended.is_set():
-            time.sleep(dice.uniform(0.05, 0.4))
-            if progressed.is_set() and (alive := active_children()):
-                victim = dice.choice(alive)
+    def kill(now, total):
+        with lock:
+            if deaths and now.nbytes >= deaths[-1] * total:
+                deaths.pop()
+                victim = dice.choice(active_children())
                 os.kill(victim.pid, signal.SIGKILL)
                 killed.append(victim.pid)
 
-    progressed = threading.Event()
-    killer = threading.Thread(target=kill_two)
-    killer.start()
-    try:
-        report = index_files(
-            [corpus],
-            setup=setup(tmp_path / "many", batch_size=4),
-            workers=4,
-            on_progress=lambda now, total: progressed.set(),
-        )
-    finally:
-        ended.set()
-        killer.join()
+    report = index_files(
+        [corpus], setup=setup(tmp_path / "many", batch_size=4), workers=4, on_progress=kill
+    )
 
     assert len(killed) == 2
     assert report.errors == []

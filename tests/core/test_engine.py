@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -131,9 +132,15 @@ def test_questions_asked_at_once_are_decoded_together():
         expected = engine.ask(QUESTION, max_new_tokens=6).text
         sizes = []
         generate = engine.decoder.generate
-        engine._batcher = MicroBatcher(
-            lambda requests: (sizes.append(len(requests)), generate(requests))[1], window_s=0.2
-        )
+
+        def run(requests):
+            sizes.append(len(requests))
+            deadline = time.monotonic() + 20
+            while sum(sizes) + len(batcher._waiting) < 8 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return generate(requests)
+
+        engine._batcher = batcher = MicroBatcher(run)
 
         async def ask_all():
             return await asyncio.gather(

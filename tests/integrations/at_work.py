@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -25,14 +26,29 @@ def threads_of(monkeypatch: pytest.MonkeyPatch, *methods: tuple[object, str]) ->
     return threads
 
 
-def rows_of(monkeypatch: pytest.MonkeyPatch, decoder: TorchDecoder) -> list[int]:
+class Rows(list[int]):
+    """How many requests took part in every step of a decoder.
+
+    Attributes:
+        crowd: The next step takes until so many requests are there, at most ten seconds.
+    """
+
+    crowd = 1
+
+
+def rows_of(monkeypatch: pytest.MonkeyPatch, decoder: TorchDecoder) -> Rows:
     """Return a list to which every step of the decoder adds how many requests took part in it."""
-    sizes: list[int] = []
-    runner = decoder._engine._runner
+    sizes = Rows()
+    runner, waiting = decoder._engine._runner, decoder._engine._turns.waiting
     step = runner.step
 
     def counting(new):
-        sizes.append(runner.rows + len(new))
+        rows = runner.rows + len(new)
+        sizes.append(rows)
+        deadline = time.monotonic() + 10
+        while rows + len(waiting) < sizes.crowd and time.monotonic() < deadline:
+            time.sleep(0.001)
+        sizes.crowd = 1
         return step(new)
 
     monkeypatch.setattr(runner, "step", counting)

@@ -85,7 +85,7 @@ def metrics(client: httpx.Client) -> dict[str, float]:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -25,8 +25,8 @@ def strict(tmp_path_factory):
     with serving(
         tmp_path_factory.mktemp("store"),
         max_body_bytes=10_000,
-        body_timeout_s=0.3,
-        header_timeout_s=0.5,
+        body_timeout_s=1.5,
+        header_timeout_s=2.0,
     ) as served:
         yield served
 
@@ -115,7 +115,7 @@ def test_slow_headers_are_cut_off_while_others_are_answered(strict):
     with strict.client() as client:
         assert client.get("/healthz").status_code == 200
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     for connection in lorises:
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline:
@@ -133,7 +133,7 @@ def test_a_refused_body_cannot_go_on_forever(strict):
     with connect(strict) as connection:
         connection.sendall(head("Transfer-Encoding: chunked", key="wrong-key-0123456789"))
         status, _ = read_reply(connection)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline:
                 connection.sendall(b"1\r\nx\r\n")

@@ -316,7 +316,7 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'trainers'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert launched.returncode == 0, launched.stderr

@@ -108,9 +108,10 @@ def test_the_demo_model_answers_the_same_both_ways(demo_engine):
 def test_batches_and_singles_are_the_same(chain, running):
     singles = [chain.invoke({"question": question}) for question in QUESTIONS]
     assert max(running) == 1
+    running.crowd = 4
 
     assert chain.batch(QUESTIONS) == singles
-    assert max(running) > 1
+    assert max(running) == 4
 
 
 def test_streams_join_to_the_answer(chain):
@@ -197,12 +198,13 @@ async def test_thirty_two_questions_at_once(chain, engine, decoded, running, mon
     expected = {question: asked(engine, question).text for question in QUESTIONS}
     del decoded[:]
     at_work = threads_of(monkeypatch, (engine.embedder, "embed_query"), (engine, "answer_from"))
+    running.crowd = 8
 
     found = await asyncio.gather(*(chain.ainvoke(QUESTIONS[n % 4]) for n in range(32)))
 
     assert [each["answer"] for each in found] == [expected[each["question"]] for each in found]
     assert sum(decoded) == 32
-    assert max(running) >= 4
+    assert max(running) >= 8
     # How long the event loop is kept is measured by benchmarks/event_loop.py.
     assert at_work
     assert threading.get_ident() not in at_work
