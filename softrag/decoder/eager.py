@@ -62,6 +62,7 @@ class EagerEngine:
         return self._turns.stream(row)
 
     def _advance(self) -> None:
+        rows = [] if self._batch is None else self._batch.rows
         try:
             if self._batch is not None:
                 self._leave(self._batch)
@@ -74,9 +75,10 @@ class EagerEngine:
                 self._step(self._batch)
             self._push(self._batch)
         except BaseException as error:
-            for row in self._batch.rows if self._batch is not None else []:
-                row.error = error
-                row.wake()
+            for row in rows:
+                if not row.done:
+                    row.error = error
+                    row.wake()
             self._batch = None
             raise
 

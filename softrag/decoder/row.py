@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 
@@ -47,7 +48,7 @@ class Row:
         # Nobody looks at the text before the end: put all tokens in words at once then.
         self._at_once = not streamed and not request.stop
         self._pending: list[int] = []
-        self._delta = ""
+        self._deltas: deque[str] = deque()
         self._logprobs: list[float] = []
         self._first_token_s = 0.0
         self._started = perf_counter()
@@ -84,28 +85,33 @@ class Row:
             self._first_token_s = perf_counter() - self._started
         self._logprobs.append(logprob)
         ended = token in end_ids
+        delta = ""
         if not ended and self._at_once:
             self._pending.append(token)
         elif not ended:
-            self._delta += self._detokenizer.push(token)
+            delta = self._detokenizer.push(token)
+        reason = None
         if ended or self._detokenizer.stopped:
-            self.finish_reason = "stop"
+            reason = "stop"
         elif len(self._logprobs) == self.request.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason:
+            reason = "length"
+        if reason:
             if self._pending:
                 self._detokenizer.extend(self._pending)
-            self._delta += self._detokenizer.finish()
+            delta += self._detokenizer.finish()
+        if delta:
+            self._deltas.append(delta)
+        # Last: another thread reads the whole answer as soon as this is set.
+        self.finish_reason = reason
 
     @property
     def has_delta(self) -> bool:
         """Whether text became certain since it was last taken."""
-        return bool(self._delta)
+        return bool(self._deltas)
 
     def take_delta(self) -> str:
-        """Return the text that became certain since the last call."""
-        delta, self._delta = self._delta, ""
-        return delta
+        """Return the text that became certain since the last call, from any thread."""
+        return "".join(self._deltas.popleft() for _ in range(len(self._deltas)))
 
     def result(self) -> DecodeResult:
         """Return the answer so far."""

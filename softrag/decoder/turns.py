@@ -19,8 +19,7 @@ class Turns:
 
     Args:
         advance: Does one step of the engine: takes rows from `waiting`, pushes tokens. Never
-            called by two threads at once.
-        lock: Held while rows are taken from or put into `waiting`.
+            called by two threads at once. An error that it raises reaches the rows it took.
     """
 
     def __init__(self, advance: Callable[[], None]) -> None:
@@ -72,24 +71,28 @@ class Turns:
         self.waiting.extend(rows)
 
     def _drive(self, awake: threading.Event, ready: Callable[[], bool]) -> None:
-        while not ready():
-            # In the list of the idle before the try: who hands the turn on after it failed sees it.
+        try:
+            while not ready():
+                # In the list of the idle before the try to drive: who hands the turn on after the
+                # try failed sees it there.
+                with self._mutex:
+                    self._idle[awake] = None
+                if self._turn.acquire(blocking=False):
+                    try:
+                        with self._mutex:
+                            self._idle.pop(awake, None)
+                        while not ready():
+                            self._advance()
+                    finally:
+                        self._turn.release()
+                else:
+                    awake.wait()
+                awake.clear()
+        finally:
+            # Also after an error: rows that wait for their first step did not get it.
             with self._mutex:
-                self._idle[awake] = None
-            if self._turn.acquire(blocking=False):
-                try:
-                    with self._mutex:
-                        self._idle.pop(awake, None)
-                    while not ready():
-                        self._advance()
-                finally:
-                    self._turn.release()
-            else:
-                awake.wait()
-            awake.clear()
-        with self._mutex:
-            self._idle.pop(awake, None)
-        self._hand_on()
+                self._idle.pop(awake, None)
+            self._hand_on()
 
     def _hand_on(self) -> None:
         """Wake one caller that waits, unless somebody drives."""
