@@ -244,7 +244,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, text
         except failures as error:
             where = f", line {number + 1}" if isinstance(error, UnicodeDecodeError) else ""
-            raise UnreadableFileError(f"{path}{where} cannot be read: {error}.") from error
+            fix = " Save it as UTF-8." if where else ""
+            raise UnreadableFileError(f"{path}{where} cannot be read: {error}.{fix}") from error
 
 
 def _question(path: Path, number: int, line: str) -> Question:

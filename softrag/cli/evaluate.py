@@ -121,12 +121,27 @@ def evaluate(
     """Measure what memories cost and save on your own questions."""
     from softrag.cli.evaluation_table import print_calibration, print_comparison
     from softrag.cli.show import print_json
-    from softrag.comparison import Comparison, summarize, summarize_calibration, write_report
+    from softrag.comparison import (
+        Comparison,
+        retrieve_for,
+        summarize,
+        summarize_calibration,
+        write_report,
+    )
+    from softrag.evaluation import read_questions
     from softrag.router import Router
 
     wanted = _parse_modes(modes)
     both = {"text", "memory"} <= set(wanted)
-    _check_options(file, store, corpus, make_questions, models=model or [])
+    _check_options(
+        file,
+        store,
+        corpus,
+        make_questions,
+        models=model or [],
+        report=report,
+        calibrate=calibrate,
+    )
     if (calibrate or fallback) and (not both or len(model or []) > 1):
         raise typer.BadParameter("a fallback needs one model, and the modes text and memory.")
     if calibrate and not 0 < budget < 1:
@@ -150,6 +165,7 @@ def evaluate(
         quiet=json,
     )
     hush_transformers()
+    questions = [] if make_questions else _questions(file, limit, wanted, bool(store or corpus))
     first = _load(plan, 0)
     with ExitStack() as stack:
         chunks = _open_chunks(store, corpus, first, stack)
@@ -162,7 +178,9 @@ def evaluate(
                 first,
                 _endpoint(writer, writer_model) if writer else None,
             )
-        questions = _questions(file, limit, chunks, top_k)
+            questions = read_questions(file, limit)
+        if chunks is not None:
+            questions = retrieve_for(questions, chunks, top_k)
         # As the store has them, so that what is measured is what is answered from.
         stored_as = chunks.codec if chunks else "bf16"
     plan = replace(plan, codecs=plan.codecs or [stored_as])
@@ -172,10 +190,13 @@ def evaluate(
         comparison = _judged(comparison, _endpoint(judge, judge_model))
     if router is not None:
         comparison = _with_fallback(comparison, router, first)
-    calibration = None
+    calibration = refusal = None
     if calibrate is not None:
-        calibration = _calibrate(comparison, first, budget=budget, with_state=state)
-        calibration.router.save(calibrate)
+        try:
+            calibration = _calibrate(comparison, first, budget=budget, with_state=state)
+            calibration.router.save(calibrate)
+        except ValueError as error:  # the answers took long: they are shown before it is raised
+            refusal = error
     if report is not None:
         write_report(comparison, report, title=file.name, calibration=calibration)
     if json:
@@ -183,10 +204,12 @@ def evaluate(
         if calibration is not None:
             values["calibration"] = summarize_calibration(calibration)
         print_json(values)
-        return
-    print_comparison(comparison)
-    if calibration is not None:
-        print_calibration(calibration, calibrate)
+    else:
+        print_comparison(comparison)
+        if calibration is not None:
+            print_calibration(calibration, calibrate)
+    if refusal is not None:
+        raise refusal
 
 
 def _parse_modes(modes: str) -> list[Mode]:
@@ -223,6 +246,8 @@ def _check_options(
     make_questions: int | None,
     *,
     models: Sequence[str],
+    report: Path | None,
+    calibrate: Path | None,
 ) -> None:
     if store and corpus:
         raise typer.BadParameter("give --store or --corpus, not both.")
@@ -237,6 +262,13 @@ def _check_options(
         raise typer.BadParameter(
             f"--make-questions writes a new .jsonl file, but {file} exists or is named otherwise.",
             param_hint="FILE",
+        )
+    for written in (report, calibrate):
+        if written is not None and not written.parent.is_dir():
+            raise typer.BadParameter(f"{written} cannot be written: {written.parent} is no folder.")
+    if store and "://" not in store and not Path(store).exists():
+        raise typer.BadParameter(
+            f"there is no store at {store}. Make one first: softrag index PATH --store {store}"
         )
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
@@ -310,13 +342,17 @@ def _write_questions(
 
 
 def _questions(
-    file: Path, limit: int | None, chunks: StoredChunks | FolderChunks | None, k: int
+    file: Path, limit: int | None, modes: Sequence[Mode], has_chunks: bool
 ) -> list[Question]:
-    from softrag.comparison import retrieve_for
     from softrag.evaluation import read_questions
 
     questions = read_questions(file, limit)
-    return questions if chunks is None else retrieve_for(questions, chunks, k)
+    if modes != ["closed"] and not has_chunks and not any(each.documents for each in questions):
+        raise typer.BadParameter(
+            f'no question in {file} has "docs" to answer from. Give --store or --corpus, or ask '
+            "with --modes closed."
+        )
+    return questions
 
 
 def _rows(questions: Sequence[Question], first: LoadedModel, plan: _Plan) -> list[Row]:
