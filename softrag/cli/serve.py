@@ -49,7 +49,7 @@ def serve(
     load_extra("fastapi", extra="serve", purpose="softrag serve")
     load_extra("prometheus_client", extra="serve", purpose="softrag serve")
     load_extra("uvicorn", extra="serve", purpose="softrag serve")
-    from softrag.serve import Keys, ServeSettings, build_server, open_tenants, run
+    from softrag.serve import Keys, ServeSettings, build_server, check_address, open_tenants, run
 
     allowed = None
     if keys is not None:
@@ -76,6 +76,7 @@ def serve(
                 f"{settings.model} answers at {address}/v1", markup=False, highlight=False
             )
 
+    check_address(host, port)
     # Every tenant has a store of its own; this one only holds the model.
     with replace(engine_options, store=":memory:").open(create=True) as engine:
         tenants = open_tenants(

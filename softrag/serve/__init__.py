@@ -2,7 +2,15 @@
 
 from softrag.serve.app import create_app
 from softrag.serve.auth import Keys
-from softrag.serve.server import build_server, open_tenants, run
+from softrag.serve.server import build_server, check_address, open_tenants, run
 from softrag.serve.settings import ServeSettings
 
-__all__ = ["Keys", "ServeSettings", "build_server", "create_app", "open_tenants", "run"]
+__all__ = [
+    "Keys",
+    "ServeSettings",
+    "build_server",
+    "check_address",
+    "create_app",
+    "open_tenants",
+    "run",
+]

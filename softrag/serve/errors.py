@@ -118,6 +118,10 @@ def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {first['ctx']['error']}.", code="invalid_json")
+    if first["type"] == "model_attributes_type" and len(first["loc"]) == 1:
+        return ApiError(
+            400, "The body must be a JSON object, sent with Content-Type: application/json."
+        )
     where = ".".join(str(step) for step in first["loc"][1:]) or "body"
     found = first.get("input")
     # Of a whole object its name says enough.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -64,6 +65,22 @@ def open_tenants(
             fallback=engine.fallback,
         )
     return engines
+
+
+def check_address(host: str, port: int) -> None:
+    """Say that an address is taken before a model is loaded for it, not after.
+
+    Raises:
+        OSError: Nothing can listen there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"Nothing can listen at {host}:{port}: {error.strerror}. Stop what listens there, or "
+            "give another --port (0 takes a free one) or --host."
+        ) from error
 
 
 def build_server(

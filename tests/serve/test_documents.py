@@ -138,3 +138,12 @@ def test_text_that_is_no_unicode_is_refused(served):
             assert reply.status_code == 400, body
         reply = client.post("/v1/retrieve", content=b'{"query": "\xff"}', headers=headers)
         assert reply.status_code == 400
+
+
+def test_a_body_that_is_not_sent_as_json_says_how_to_send_it(served):
+    with served.client() as client:
+        form = client.post("/v1/retrieve", data={"query": "x"}).json()["error"]
+        text = client.post("/v1/retrieve", json="text").json()["error"]
+
+    assert form == text
+    assert "a JSON object, sent with Content-Type: application/json" in form["message"]

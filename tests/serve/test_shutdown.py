@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,17 @@ def test_a_running_answer_is_finished_before_the_server_ends(process, tmp_path):
     assert process.wait(60) == 0
     # The tenant's documents lie in a folder of its own.
     assert (tmp_path / "store" / "tenants" / "acme" / "collection").is_dir()
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        arguments = ["serve", "--store", str(tmp_path / "store"), "--port", port]
+        result = CliRunner().invoke(app, arguments)
+
+    assert result.exit_code == 1
+    assert f"Nothing can listen at 127.0.0.1:{port}" in result.stderr
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
