@@ -171,6 +171,26 @@ def load_tokenizer(path: str, config: SoftRAGConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that was asked for, or the first GPU, else the CPU.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (AssertionError, RuntimeError) as error:
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"Device {str(device)!r} cannot be used here. Choose one of {', '.join(there)}, or "
+            "leave it out."
+        ) from error
+    return chosen
+
+
 def choose_dtypes(
     config: SoftRAGConfig, dtype: torch.dtype | str, device: torch.device
 ) -> tuple[torch.dtype, torch.dtype]:

@@ -25,6 +25,7 @@ from softrag.backbones import (
     LanguageModel,
     build_compressor,
     build_decoder,
+    choose_device,
     embeddings_name,
     freeze_and_adapt,
     read_without_padding,
@@ -232,7 +233,7 @@ class SoftRAGModel(PreTrainedModel):
             load_decoder=load_decoder,
             load_compressor=load_compressor,
             dtype=dtype,
-            device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            device=choose_device(device),
             rate=rate,
         )
 

@@ -181,16 +181,18 @@ def bench_single(
                 times.append(perf_counter() - started)
             if turn >= 2:
                 firsts.append(times[0])
-                steps.append((times[-1] - times[0]) / (len(times) - 1))
+                if len(times) > 1:  # a trained model may end an answer after its first token
+                    steps.append((times[-1] - times[0]) / (len(times) - 1))
         name = f"{mode}, {documents} documents, batch 1"
         recorder.add(f"{name}: prompt", tokens, "tokens")
         recorder.add(
             f"{name}: first token", statistics.median(firsts), "s", floors.prefill(1, tokens)
         )
-        recorder.add(
-            f"{name}: each further token", statistics.median(steps), "s",
-            floors.step(1, tokens + new_tokens / 2),
-        )  # fmt: skip
+        if steps:
+            recorder.add(
+                f"{name}: each further token", statistics.median(steps), "s",
+                floors.step(1, tokens + new_tokens / 2),
+            )  # fmt: skip
 
 
 def bench_batch(

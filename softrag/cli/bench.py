@@ -146,16 +146,17 @@ def end_to_end(
 
 
 def _recorder(device: str | None, seed: int, *, json: bool) -> Recorder:
-    import torch
-
+    from softrag.backbones import choose_device
     from softrag.bench.measure import Recorder
 
     hush_transformers()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
     console = Console()
     recorder = Recorder(device=chosen, seed=seed)
     if not json:
-        recorder.say = lambda line: console.print(line, markup=False, highlight=False)
+        recorder.say = lambda line: console.print(
+            line, markup=False, highlight=False, soft_wrap=True
+        )
     return recorder
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from softrag.bench.decode import Floors, make_requests
+from softrag.bench.decode import Floors, bench_single, make_requests
 from softrag.bench.measure import Hardware, Recorder, Result
 from softrag.bench.plot import save_plot
 from softrag.bench.presets import PRESETS, build_model, random_texts
@@ -64,6 +64,18 @@ def test_random_weights_are_measured_without_a_download(command, names, monkeypa
     assert all(set(result) == FIELDS for result in results)
     assert all(result["value"] > 0 for result in results)
     assert set(names) <= {result["name"] for result in results}
+
+
+def test_an_answer_that_ends_at_once_has_no_further_tokens_to_measure(model):
+    recorder = Recorder(device=CPU)
+    floors = Floors(model, Hardware(bandwidth=1e9, matmul=1e9))
+
+    bench_single(TorchDecoder(model), recorder, floors, documents=1, new_tokens=1)
+
+    assert [result.name.split(": ")[1] for result in recorder.results] == [
+        "prompt",
+        "first token",
+    ] * 2
 
 
 def test_the_store_is_measured():
