@@ -95,9 +95,11 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
             return Path(found, *inside)
         raise FileNotFoundError(f"{owner_and_name} has no {wanted}/{_CONFIG}")
     except Exception as error:
-        # The hub client raises a dozen unrelated classes for "not there" and "not reachable".
+        # The hub client raises a dozen unrelated classes for "not there" and "not reachable", some
+        # with line breaks.
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{str(name)!r} is neither a folder nor a model that the hub serves ({error}). Give "
+            f"{str(name)!r} is neither a folder nor a model that the hub serves ({reason}). Give "
             "the path of a folder written by SoftRAGModel.save_pretrained."
         ) from error
 

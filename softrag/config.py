@@ -118,9 +118,9 @@ class SoftRAGConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the values that would otherwise fail far from their cause."""
         super().__post_init__(**kwargs)
-        if self.rate < 1:
+        if not isinstance(self.rate, int) or self.rate < 1:
             raise ValueError(
-                f"rate is {self.rate}; it must be 1 or more document tokens per soft token."
+                f"rate is {self.rate!r}; it must be 1 or more document tokens per soft token."
             )
         if self.rates is not None and self.rate not in self.rates:
             raise ValueError(
@@ -134,8 +134,10 @@ class SoftRAGConfig(PreTrainedConfig):
             )
         if self.memory_tokens is not None and self.memory_tokens < 1:
             raise ValueError(f"memory_tokens is {self.memory_tokens}; use None or at least 1.")
-        if self.max_document_tokens < 1:
-            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; use at least 1.")
+        if not isinstance(self.max_document_tokens, int) or self.max_document_tokens < 1:
+            raise ValueError(
+                f"max_document_tokens is {self.max_document_tokens!r}; use a number of at least 1."
+            )
         if self.rerank and not self.query_dependent:
             raise ValueError(
                 "rerank scores a document for a question: it needs query_dependent as well."

@@ -164,16 +164,6 @@ class SoftRAG:
             rate=rate,
         )
         embedder = embedder or default_embedder()
-        if not isinstance(store, MemoryStore):
-            store = MemoryStore.open(
-                store,
-                collection=collection,
-                prefer_grpc=prefer_grpc,
-                fingerprint=model.fingerprint,
-                embedder=embedder.name,
-                dimension=embedder.dimension,
-                codec=codec,
-            )
         # One lock: compressor and decoder may be the same weights.
         lock = threading.Lock()
         if decoder == "torch" and load_decoder:
@@ -182,14 +172,30 @@ class SoftRAG:
             decoder = VLLMDecoder.open(decoder, checkpoint, base_model=base_model)
             # Of the rate that was asked for.
             decoder.prompts = replace(decoder.prompts, fingerprint=model.fingerprint)
-        return cls(
-            store=store,
-            embedder=embedder,
-            compressor=Compressor(model, cut=cut, lock=lock) if load_compressor else None,
-            decoder=None if isinstance(decoder, str) else decoder,
-            chunk_tokens=chunk_tokens,
-            fallback=fallback,
-        )
+        opened = None
+        if not isinstance(store, MemoryStore):
+            store = opened = MemoryStore.open(
+                store,
+                collection=collection,
+                prefer_grpc=prefer_grpc,
+                fingerprint=model.fingerprint,
+                embedder=embedder.name,
+                dimension=embedder.dimension,
+                codec=codec,
+            )
+        try:
+            return cls(
+                store=store,
+                embedder=embedder,
+                compressor=Compressor(model, cut=cut, lock=lock) if load_compressor else None,
+                decoder=None if isinstance(decoder, str) else decoder,
+                chunk_tokens=chunk_tokens,
+                fallback=fallback,
+            )
+        except Exception:
+            if opened is not None:
+                opened.close()  # else a second try would find it open
+            raise
 
     # Documents
 

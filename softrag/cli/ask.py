@@ -57,6 +57,8 @@ def ask(
             return
         print_stream(console, stream)
         console.print()
+        if mode != "closed" and not stream.sources:
+            console.print("No chunk matches --where: nothing was read.", style="yellow")
         print_sources(console, stream.sources)
         console.print(costs(stream.answer), style="dim", highlight=False)
 

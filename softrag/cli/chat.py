@@ -47,7 +47,7 @@ def chat(
         if not json and sys.stdin.isatty():
             console.print(HELP, style="dim", markup=False, highlight=False)
         for line in _lines(console):
-            if line in ("/quit", "/exit"):
+            if line in ("/quit", "/exit", "quit", "exit"):
                 return
             if line == "/sources":
                 print_sources(console, sources)

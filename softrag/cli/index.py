@@ -84,7 +84,14 @@ def index(
     """
     from softrag.bulk import BulkReport, StoreAddress, WorkerSetup, prune_vanished
     from softrag.cli.show import print_json, report_values
+    from softrag.errors import UnreadableFileError
+    from softrag.files import SUFFIXES, find_files
 
+    if not prune and next(find_files(paths), None) is None:
+        raise UnreadableFileError(
+            f"{', '.join(map(str, paths))} holds nothing that softrag reads, which is files of "
+            f"{', '.join(SUFFIXES)}."
+        )
     report: BulkReport | None
     address = StoreAddress(location=store, collection=collection, codec=codec, prefer_grpc=grpc)
     workers = workers or _default_workers(device)

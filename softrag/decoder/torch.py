@@ -170,7 +170,7 @@ class TorchDecoder:
         if limit is not None and wanted > limit:
             raise ValueError(
                 f"The prompt has {len(row.prompt.input_ids)} tokens and the answer may have "
-                f"{request.max_new_tokens}, but the decoder reads {limit}. Ask with fewer or "
-                "shorter documents, or lower max_new_tokens."
+                f"{request.max_new_tokens}, but the decoder reads {limit}. Shorten "
+                "the question, ask with fewer or shorter documents, or lower max_new_tokens."
             )
         return row

@@ -247,8 +247,8 @@ class VLLMDecoder:
         if limit is not None and len(built.input_ids) + request.max_new_tokens > limit:
             raise ValueError(
                 f"The prompt has {len(built.input_ids)} tokens and the answer may have "
-                f"{request.max_new_tokens}, but the decoder reads {limit}. Ask with fewer or "
-                "shorter documents, or lower max_new_tokens."
+                f"{request.max_new_tokens}, but the decoder reads {limit}. Shorten "
+                "the question, ask with fewer or shorter documents, or lower max_new_tokens."
             )
         detokenizer = Detokenizer(self.prompts.prompt.tokenizer, request.stop)
         return _Answer(request, built, detokenizer, self._end_ids)

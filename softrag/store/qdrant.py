@@ -7,6 +7,7 @@ One point per chunk: the search embedding as its vector, everything else as its 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection as Ids
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -105,6 +106,11 @@ class MemoryStore:
         if codec is not None and codec not in CODECS:
             raise ValueError(f"Unknown codec {codec!r}. Choose one of {', '.join(CODECS)}.")
         location = str(location)
+        if re.fullmatch(r"[\w.-]+:\d+/?", location):
+            raise ValueError(
+                f"{location} could be a server or a folder. Write http://{location} for a server, "
+                f"./{location} for a folder."
+            )
         place = f"Collection {collection!r} in {location}"
         new = None
         if fingerprint is not None and embedder is not None and dimension is not None:
@@ -394,8 +400,8 @@ class MemoryStore:
 
 def _missing(place: str) -> StoreError:
     return StoreError(
-        f"{place} does not exist. Index documents into it first, or give the fingerprint, embedder "
-        "and dimension to create it."
+        f"{place} does not exist. Index documents into it first (softrag index), or give the "
+        "fingerprint, embedder and dimension to create it."
     )
 
 

@@ -100,7 +100,8 @@ class StoreRecord:
         if codec is not None and codec != self.codec:
             raise StoreError(
                 f"{place} holds memories encoded as {self.codec}, but {codec} was asked for. "
-                "Leave the codec out, or index the documents again into a new store."
+                "Leave the codec out, or copy the memories into a new store: softrag store migrate "
+                "OLD NEW --codec CODEC."
             )
 
 

@@ -36,6 +36,8 @@ def snapshot(store: MemoryStore, file: str | Path) -> int:
     partial = file.with_name(f"{file.name}.part")
     if store.location == IN_MEMORY:
         raise StoreError("A store in memory cannot be kept as a file. Migrate it into a folder.")
+    if not file.parent.is_dir():
+        raise StoreError(f"{file} cannot be written: {file.parent} is no folder. Make it first.")
     with store_errors("Taking a snapshot", store.location):
         if store.points.is_server:
             _download(store, partial)
@@ -85,8 +87,8 @@ def restore(
                 archive.extractall(folder, filter="data")
         except tarfile.TarError as error:
             raise StoreError(
-                f"{file} cannot be read ({error}). Expected what `softrag store snapshot` wrote of "
-                "a folder; one of a server is restored on a server."
+                f"{file} cannot be read as a snapshot. Expected what `softrag store snapshot` "
+                "wrote of a folder; one of a server is restored on a server."
             ) from error
 
 

@@ -71,6 +71,16 @@ def test_nothing_to_index_is_a_failure(tmp_path):
     assert "empty.txt" in result.stderr
 
 
+def test_a_folder_without_documents_names_what_is_read(tmp_path):
+    (tmp_path / "table.xlsx").touch()
+
+    result = run("index", tmp_path, store=tmp_path / "store")
+
+    assert result.exit_code == 1
+    assert "holds nothing that softrag reads, which is files of .txt" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_kill_while_indexing_loses_nothing_stored_and_a_second_run_continues(tmp_path, folder):
     environment = {
         **os.environ,
@@ -154,6 +164,8 @@ def test_ask_filters_by_metadata(tmp_path):
 
     assert found("even=true") == [0, 2, 4, 6]
     assert found("n=1", "n=3") == [1, 3]
+    none = run("ask", QUESTION, "--where", "n=99", store=tmp_path / "store")
+    assert "No chunk matches --where" in none.stdout
 
 
 def test_asking_without_a_store_says_how_to_make_one_and_makes_none(tmp_path):
@@ -209,7 +221,7 @@ def test_a_blank_question_is_a_failure(store):
 
 
 def test_chat_answers_line_by_line_from_a_pipe(store):
-    lines = f"{QUESTION}\n\n/mode closed\nWhere is Paris?\n/quit\nnever asked\n"
+    lines = f"{QUESTION}\n\n/mode closed\nWhere is Paris?\nexit\nnever asked\n"
 
     result = run("chat", "--json", "--max-new-tokens", 3, store=store, input=lines)
 
@@ -303,6 +315,30 @@ def test_a_bad_line_in_a_question_file_is_named(tmp_path):
 
     assert result.exit_code == 1
     assert "line 2" in result.stderr
+
+
+def test_eval_without_documents_to_answer_from_says_where_to_get_them(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "a", "answers": ["b"]}\n')
+
+    result = run("eval", file, store=tmp_path)
+    closed = run("eval", file, "--modes", "closed", "--max-new-tokens", 1, store=tmp_path)
+
+    assert (result.exit_code, closed.exit_code) == (2, 0)
+    assert "Give --store or --corpus" in " ".join(result.stderr.split())
+
+
+def test_answers_are_shown_although_too_few_to_calibrate_on(tmp_path):
+    pytest.importorskip("sklearn")
+    file = write_questions(tmp_path / "questions.jsonl")
+    router = tmp_path / "router.json"
+
+    result = run("eval", file, "--calibrate", router, "--max-new-tokens", 2, store=tmp_path)
+
+    assert result.exit_code == 1
+    assert "4 questions" in result.stdout
+    assert "Calibrate on more" in result.stderr
+    assert not router.exists()
 
 
 def test_eval_over_a_store_is_repeatable_and_shows_intervals(tmp_path, store):
@@ -409,6 +445,9 @@ def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store):
         (("--make-questions", 3), "needs --store or --corpus"),
         (("--calibrate", "r.json", "--modes", "memory"), "modes text and memory"),
         (("--codecs", "bf17"), "no codec"),
+        (("--report", "no/such/page.html"), "no/such is no folder"),
+        (("--calibrate", "no/such/router.json"), "no/such is no folder"),
+        (("--store", "no/such/store"), "softrag index PATH --store no/such/store"),
         (("--model", "a/x", "--model", "b/x"), "names must differ"),
     ],
 )

@@ -437,6 +437,18 @@ def test_chunk_tokens_are_bounded_by_the_compressor():
         open_engine(chunk_tokens=65)
 
 
+def test_what_fails_to_load_leaves_the_store_closed(tmp_path):
+    with pytest.raises(ValueError, match="between 1 and the 64 tokens"):
+        open_engine(tmp_path, chunk_tokens=65)
+    open_engine(tmp_path).close()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_with_those_there_are(device):
+    with pytest.raises(ValueError, match=rf"'{device}' cannot be used here. Choose one of cpu"):
+        SoftRAG.from_pretrained(build_checkpoint(), embedder=HashingEmbedder(), device=device)
+
+
 def test_what_is_not_finite_is_never_stored(empty_engine, monkeypatch):
     empty_engine.add(DOCUMENTS[:2])
     compress = empty_engine.compressor.model.compress_packed

@@ -157,6 +157,7 @@ def test_a_model_of_several_rates_is_asked_at_any_of_them_and_never_mixes_them(
         ({"rates": [8, 16], "rate": 4}, r"rate is 4, which is not among the rates \[8, 16\]"),
         ({"rates": [0, 4], "rate": 4}, "must be 1 or more each"),
         ({"rates": [4], "rate": 4, "memory_tokens": 8}, "memory_tokens 8"),
+        ({"rate": "4"}, "rate is '4'; it must be 1 or more"),
     ],
 )
 def test_rates_that_cannot_be_are_refused(changes: dict, message: str) -> None:

@@ -570,6 +570,16 @@ def test_a_folder_that_cannot_be_a_store_is_named(tmp_path: Path) -> None:
         open_at(damaged)
 
 
+def test_a_server_without_its_scheme_is_not_taken_for_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ValueError, match="Write http://localhost:6333 for a server"):
+        open_at("localhost:6333")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_first_opening_that_was_interrupted_can_be_repeated(tmp_path: Path) -> None:
     (tmp_path / "meta.json").touch()
 

@@ -185,6 +185,11 @@ def test_what_is_no_snapshot_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_snapshot_into_a_folder_that_is_not_there_names_the_folder(tmp_path):
+    with open_at(tmp_path / "a") as store, pytest.raises(StoreError, match="nowhere is no folder"):
+        snapshot(store, tmp_path / "nowhere" / "file")
+
+
 def test_a_snapshot_cannot_write_outside_its_folder(tmp_path):
     (tmp_path / "meta.json").write_text("{}")
     with tarfile.open(tmp_path / "evil.tar", "w") as archive:
