@@ -133,8 +133,11 @@ def test_workers_make_what_one_process_makes(corpus, tmp_path):
     )
 
     assert_same(contents(tmp_path / "many"), expected)
-    assert (report.documents, report.chunks_added) == (102, len(expected))
-    assert (report.chunks_unchanged, report.chunks_deleted, report.errors) == (2, 0, [])
+    assert report.documents == 102
+    # Two texts are there twice; workers that come to them at the same time both compress them.
+    assert report.chunks_added >= len(expected)
+    assert report.chunks_added + report.chunks_unchanged == len(expected) + 2
+    assert (report.chunks_deleted, report.errors) == (0, [])
     assert (report.workers, report.restarts) == (2, 0)
     size = sum(file.stat().st_size for file in corpus.iterdir())
     assert max(seen) == (size, size)
@@ -203,7 +206,7 @@ def test_workers_killed_at_random_times_lose_and_double_nothing(tmp_path):
         with lock:
             if deaths and now.nbytes >= deaths[-1] * total:
                 deaths.pop()
-                victim = dice.choice(active_children())
+                victim = dice.choice([each for each in active_children() if each.pid not in killed])
                 os.kill(victim.pid, signal.SIGKILL)
                 killed.append(victim.pid)
 

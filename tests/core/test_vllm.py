@@ -324,8 +324,9 @@ def test_a_server_that_is_away_is_an_error_and_found_when_it_is_back(
     expected = decoder.generate([request])[0].text
     server.close()
 
-    with pytest.raises(DecoderError, match="No answer from the vLLM server at http"):
-        decoder.generate([request] * 3)
+    for requests in ([request], [request] * 3):
+        with pytest.raises(DecoderError, match="No answer from the vLLM server at http"):
+            decoder.generate(requests)
 
     back = VLLMStub(in_process.model, port=server.port)
     try:
@@ -402,8 +403,8 @@ def test_what_is_no_vllm_server_is_said():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    decoder = VLLMDecoder.from_url(build_checkpoint(), url, retries=0)
-    assert "Start it, check the URL" in refusal(decoder)
+        decoder = VLLMDecoder.from_url(build_checkpoint(), url, retries=0)
+        assert "Start it, check the URL" in refusal(decoder)
     decoder.close()
     with pytest.raises(ValueError, match="must start with http"):
         VLLMDecoder.from_url(build_checkpoint(), "localhost:8000")

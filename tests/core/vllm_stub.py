@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -55,6 +56,7 @@ class VLLMStub:
         self.gate.set()
         self.running = self.most_running = self.connections = 0
         self.aborted = threading.Event()
+        self._open: list[socket.socket] = []
         self._lock = threading.Lock()
         stub = self
 
@@ -76,6 +78,7 @@ class VLLMStub:
 
             def process_request(self, request: Any, client_address: Any) -> None:
                 stub.connections += 1
+                stub._open.append(request)
                 super().process_request(request, client_address)
 
             def handle_error(self, request: object, client_address: object) -> None:
@@ -92,6 +95,10 @@ class VLLMStub:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        # As a process that ends does; answering threads would go on serving the clients they have.
+        for each in self._open:
+            with suppress(OSError):  # closed already
+                each.shutdown(socket.SHUT_RDWR)
 
     def _models(self, handler: BaseHTTPRequestHandler) -> None:
         if not self._refused(handler):
