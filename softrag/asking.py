@@ -112,6 +112,21 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; found {mode!r}.")
 
 
+def check_question(question: object) -> None:
+    """Refuse what is no question, before anything is made of it.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is blank.
+    """
+    if not isinstance(question, str):
+        raise TypeError(
+            f"A question must be a string, found {question!r:.80}. Ask several with ask_many."
+        )
+    if not question.strip():
+        raise ValueError("The question is blank; expected some text.")
+
+
 def prepare(
     questions: Sequence[Asked],
     *,
@@ -129,8 +144,7 @@ def prepare(
     """
     check_mode(mode)
     for question in questions:
-        if not question.text.strip():
-            raise ValueError("The question is blank; expected some text.")
+        check_question(question.text)
     started = perf_counter()
     documents: list[list[Memory | str]]
     if mode == "memory":

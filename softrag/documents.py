@@ -29,6 +29,19 @@ class Document:
     title: str | None = None
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check what would otherwise fail while a batch of documents is stored."""
+        for name, kind in (
+            ("text", str),
+            ("source", str | None),
+            ("title", str | None),
+            ("metadata", Mapping),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                expected = "a mapping" if kind is Mapping else "a string"
+                raise TypeError(f"A document's {name} must be {expected}, found {value!r:.80}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softrag.answer import AddReport, Answer, AnswerStream, Mode
-from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, prepare
+from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, check_question, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
@@ -343,6 +343,8 @@ class SoftRAG:
 
         Timings of compressing and the total are those of the whole batch.
         """
+        if isinstance(questions, str):
+            raise TypeError("questions must be several texts, found one: wrap it in [].")
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
         found = [self._find(question, k, candidates, mode, where) for question in questions]
         prepared = self._prepare(found, mode, decoding)
@@ -428,8 +430,7 @@ class SoftRAG:
     def _search(self, question: str, k: int, where: Where, *, with_memories: bool) -> list[Hit]:
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}.")
-        if not question.strip():
-            raise ValueError("The question is blank; expected some text.")
+        check_question(question)
         embedding = self.embedder.embed_query(question)
         hits = self.store.search(embedding, k, where=where, with_memories=with_memories)
         if not hits and not self.store.count():

@@ -184,6 +184,11 @@ class Indexer:
         for document in tqdm(documents, unit=" documents", disable=not show_progress):
             if isinstance(document, str):
                 document = Document(text=document)
+            elif not isinstance(document, Document):
+                raise TypeError(
+                    f"Expected a softrag.Document or a text, found {document!r:.80}. Make one of "
+                    "it: Document(text=…, source=…, title=…, metadata=…)."
+                )
             try:
                 chunks = self.split(document)
             except EmptyDocumentError as error:

@@ -29,9 +29,14 @@ def to_filter(where: Where) -> models.Filter | None:
     Raises:
         ValueError: A key or value cannot be filtered on.
     """
-    if where is None or not isinstance(where, Mapping):
-        return where
     models = qdrant().models
+    if where is None or isinstance(where, models.Filter):
+        return where
+    if not isinstance(where, Mapping):
+        raise TypeError(
+            f"where must be a mapping such as {{'lang': 'en'}}, or a qdrant_client.models.Filter; "
+            f"found {where!r:.80}."
+        )
     return models.Filter(must=[_condition(_path(key), value) for key, value in where.items()])
 
 

@@ -105,6 +105,10 @@ class MemoryStore:
         """
         if codec is not None and codec not in CODECS:
             raise ValueError(f"Unknown codec {codec!r}. Choose one of {', '.join(CODECS)}.")
+        if not isinstance(location, str | Path):
+            raise TypeError(
+                f"A store is a folder, a Qdrant URL or ':memory:', found {location!r:.80}."
+            )
         location = str(location)
         if re.fullmatch(r"[\w.-]+:\d+/?", location):
             raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,28 @@ def test_a_blank_question_is_refused(engine):
     for mode in ("memory", "closed"):
         with pytest.raises(ValueError, match="question is blank"):
             engine.ask(" \n", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda engine: engine.ask(["Why?"]), "must be a string, found ['Why?']. Ask several"),
+        (lambda engine: engine.ask(None, mode="closed"), "must be a string, found None"),
+        (lambda engine: engine.ask_many("Why?"), "several texts, found one: wrap it in []"),
+        (lambda engine: engine.ask(QUESTION, where="lang=en"), "where must be a mapping"),
+        (lambda engine: engine.add([{"text": "Rome"}]), "Expected a softrag.Document or a text"),
+        (
+            lambda engine: Document(text=b"Rome"),
+            "text must be a string, found b'Rome'",
+        ),
+        (lambda engine: Document(text="a", source=Path("a.txt")), "source must be a string"),
+        (lambda engine: Document(text="a", metadata=None), "metadata must be a mapping"),
+        (lambda engine: MemoryStore.open(None), "A store is a folder, a Qdrant URL"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(engine, call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call(engine)
 
 
 def test_filters_choose_by_metadata(empty_engine):
