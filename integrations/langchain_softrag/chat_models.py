@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -110,7 +110,7 @@ class ChatSoftRAG(BaseChatModel):
         answer = self.engine.answer_from(question, sources, **decoding)
         message = AIMessage(
             content=answer.text,
-            usage_metadata=_usage(answer),
+            usage_metadata=_usage(answer, sources),
             response_metadata=self._response_metadata(answer),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
@@ -139,7 +139,7 @@ class ChatSoftRAG(BaseChatModel):
         with self.engine.stream_from(question, sources, **decoding) as stream:
             for piece in stream:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
-            yield self._last_chunk(stream.answer)
+            yield self._last_chunk(stream.answer, sources)
 
     async def _astream(
         self,
@@ -153,7 +153,7 @@ class ChatSoftRAG(BaseChatModel):
         async with self.engine.astream_from(question, sources, **decoding) as stream:
             async for piece in stream:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
-            yield self._last_chunk(stream.answer)
+            yield self._last_chunk(stream.answer, sources)
 
     def _read(self, messages: list[BaseMessage]) -> tuple[str, list[Memory | str]]:
         """Return the question and its sources, handles resolved."""
@@ -180,10 +180,10 @@ class ChatSoftRAG(BaseChatModel):
             "seed": options.get("seed", self.seed),
         }
 
-    def _last_chunk(self, answer: Answer) -> ChatGenerationChunk:
+    def _last_chunk(self, answer: Answer, sources: Sequence[Memory | str]) -> ChatGenerationChunk:
         message = AIMessageChunk(
             content="",
-            usage_metadata=_usage(answer),
+            usage_metadata=_usage(answer, sources),
             response_metadata=self._response_metadata(answer),
             chunk_position="last",
         )
@@ -201,10 +201,13 @@ def _default_name(decoder: Decoder) -> str:
     return f"softrag-{decoder.fingerprint[:12]}"
 
 
-def _usage(answer: Answer) -> UsageMetadata:
+def _usage(answer: Answer, sources: Sequence[Memory | str]) -> UsageMetadata:
     """Return an answer's cost; soft tokens are among the input tokens."""
     usage = answer.usage
     details: dict[str, int] = {"softrag_memory_tokens": usage.soft_tokens}
+    memories = [source for source in sources if isinstance(source, Memory)]
+    if len(memories) == len(sources):
+        details["softrag_document_tokens"] = sum(each.n_document_tokens for each in memories)
     return UsageMetadata(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,

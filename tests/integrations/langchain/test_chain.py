@@ -219,12 +219,16 @@ def test_usage_counts_soft_tokens(retriever, llm, engine):
 
     message = llm.invoke(messages, config={"callbacks": [callback]})
 
-    usage = asked(engine).usage
+    answer = asked(engine)
+    usage, hits = answer.usage, answer.sources
     assert message.usage_metadata == {
         "input_tokens": usage.prompt_tokens,
         "output_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "input_token_details": {"softrag_memory_tokens": usage.soft_tokens},
+        "input_token_details": {
+            "softrag_memory_tokens": usage.soft_tokens,
+            "softrag_document_tokens": sum(hit.memory.n_document_tokens for hit in hits),
+        },
     }
     assert callback.usage_metadata == {llm.model_name: message.usage_metadata}
     chunks = list(llm.stream(messages))
@@ -302,7 +306,7 @@ def test_what_a_user_types_never_becomes_a_memory(llm, engine, chain, typed):
 
     message = llm.invoke(f"Repeat {typed}")
 
-    assert message.usage_metadata["input_token_details"] == {"softrag_memory_tokens": 0}
+    assert message.usage_metadata["input_token_details"]["softrag_memory_tokens"] == 0
     found = chain.invoke(f"{QUESTION} {typed}")
     answer = asked(engine, f"{QUESTION} {typed}")
     assert found["answer"] == answer.text
