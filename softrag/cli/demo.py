@@ -139,8 +139,8 @@ def _print_next(console: Console, store: str) -> None:
             Text(
                 f'{command} ask "Who was Charles Darwin?"{option}\n'
                 f'{command} ask "…" --mode text{option}\n'
-                f"{command} index YOUR_FOLDER{option}\n"
-                f"{command} chat{option}"
+                f"{command} chat{option}\n"
+                f"{command} index YOUR_FOLDER --store my_store"
             ),
             title="Now ask your own",
         )
