@@ -165,7 +165,9 @@ class Compressor:
                     raise ValueError(
                         f"{_name(documents[place], place)} is longer than the "
                         f"{self.model.config.max_document_tokens} tokens this compressor reads. "
-                        "Split it first (softrag.split_text), or cut it (Compressor(cut=True))."
+                        "Split it first (softrag.split_text; SoftRAGSplitter for LlamaIndex, "
+                        "SoftRAGCompressor.split_documents for LangChain), or cut it "
+                        "(Compressor(cut=True))."
                     )
                 yield place, row
 

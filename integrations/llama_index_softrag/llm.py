@@ -91,6 +91,11 @@ class SoftRAGLLM(CustomLLM):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> None:
+        if not isinstance(engine, SoftRAG):
+            raise TypeError(
+                f"Expected a SoftRAG engine, found {engine!r:.80}. Load one: "
+                "SoftRAG.from_pretrained(CHECKPOINT, store=FOLDER)."
+            )
         if engine.decoder is None:
             raise ValueError("The engine has no decoder; load it with load_decoder=True.")
         super().__init__(

@@ -110,7 +110,9 @@ class SoftRAGQdrantVectorStore(BasePydanticVectorStore):
                 "one: memories are found for the nodes of both."
             )
         if query.query_embedding is None:
-            raise ValueError("The query has no embedding; give the index an embed_model.")
+            raise ValueError(
+                "The query has no embedding: it is empty, or the index has no embed_model."
+            )
         hits = self._engine.store.search(
             np.asarray(query.query_embedding, dtype=np.float32),
             query.similarity_top_k,

@@ -45,7 +45,8 @@ def info(
     for part in ("model", "store"):
         table.add_row(f"[bold]{part}", "")
         for name, value in (values[part] or {f"no store at {store}": ""}).items():
-            table.add_row(f"  {name.replace('_', ' ')}", _readable(name, value))
+            if value is not None or name == "fingerprint":
+                table.add_row(f"  {name.replace('_', ' ')}", _readable(value))
     if "fit" in values:
         table.add_row("[bold]fit", "yes" if values["fit"] else "[red]no: another model's memories")
     Console().print(table)
@@ -90,7 +91,7 @@ def _store(location: str) -> dict[str, Any] | None:
         return {**asdict(store.info()), "sources": len(store.sources())}
 
 
-def _readable(name: str, value: object) -> str:
+def _readable(value: object) -> str:
     if value is None:
-        return "made when it is loaded (--load)" if name == "fingerprint" else ""
+        return "made when it is loaded (--load)"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

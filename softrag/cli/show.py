@@ -82,7 +82,7 @@ def costs(answer: Answer) -> str:
     if answer.mode == "memory" and usage.text_prompt_tokens:
         prompt += f" instead of {usage.text_prompt_tokens} as text ({saved(answer):.0%} saved)"
     return (
-        f"{prompt} · {usage.completion_tokens} written · "
+        f"{prompt} · {usage.completion_tokens} written\n"
         f"search {timings.retrieve_s:.2f} s, first word {timings.first_token_s:.2f} s, "
         f"in all {timings.total_s:.2f} s"
     )

@@ -263,3 +263,8 @@ def test_an_engine_that_is_gone_takes_its_memories_along():
     gc.collect()
 
     assert memories() is None
+
+
+def test_a_name_in_place_of_an_engine_says_how_to_load_one():
+    with pytest.raises(TypeError, match=r"found 'softrag-demo'. Load one: SoftRAG.from_pretrained"):
+        SoftRAGLLM("softrag-demo")
