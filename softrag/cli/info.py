@@ -44,7 +44,9 @@ def info(
     table = Table(box=None, show_header=False, padding=(0, 2), pad_edge=False)
     for part in ("model", "store"):
         table.add_row(f"[bold]{part}", "")
-        for name, value in (values[part] or {f"no store at {store}": ""}).items():
+        if values[part] is None:
+            table.add_row(f"  no store at {store}", "")
+        for name, value in (values[part] or {}).items():
             if value is not None or name == "fingerprint":
                 table.add_row(f"  {name.replace('_', ' ')}", _readable(value))
     if "fit" in values:

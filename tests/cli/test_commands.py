@@ -249,6 +249,7 @@ def test_info_tells_model_and_store_apart_and_whether_they_fit(store, tmp_path):
     assert missing.exit_code == 0
     assert json.loads(missing.stdout)["store"] is None
     assert "another model" in run("info", store=store, seed=1).stdout
+    assert "no store at my_store" in run("info", store=Path("my_store")).stdout
 
 
 # eval
