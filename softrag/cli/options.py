@@ -110,10 +110,10 @@ class EngineOptions:
         """Load the engine.
 
         Args:
-            create: Whether a store folder that does not exist is made.
+            create: Whether a store or collection that does not exist is made.
 
         Raises:
-            StoreError: The folder does not exist and `create` is false.
+            StoreError: The store or its collection does not exist and `create` is false.
         """
         if not create and "://" not in self.store and not Path(self.store).exists():
             raise StoreError(
@@ -122,18 +122,26 @@ class EngineOptions:
             )
         # Imported here: `softrag --help` should not wait for the models' libraries.
         from softrag.engine import SoftRAG
+        from softrag.store import MemoryStore
 
         hush_transformers()
-        return SoftRAG.from_pretrained(
-            self.model,
-            store=self.store,
-            device=self.device,
-            dtype=self.dtype,
-            collection=self.collection,
-            rate=self.rate,
-            decoder=self.decoder,
-            fallback=self.fallback,
-        )
+        # Opened by itself, because who only looks makes no collection.
+        opened = None if create else MemoryStore.open(self.store, collection=self.collection)
+        try:
+            return SoftRAG.from_pretrained(
+                self.model,
+                store=opened or self.store,
+                device=self.device,
+                dtype=self.dtype,
+                collection=self.collection,
+                rate=self.rate,
+                decoder=self.decoder,
+                fallback=self.fallback,
+            )
+        except BaseException:
+            if opened is not None:
+                opened.close()
+            raise
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -232,6 +232,14 @@ def test_chat_answers_line_by_line_from_a_pipe(store):
     ]
 
 
+def test_asking_a_collection_that_is_not_there_makes_none(store):
+    asked = run("ask", QUESTION, "--collection", "typo", store=store)
+
+    assert asked.exit_code == 1
+    assert f"Collection 'typo' in {store} does not exist" in " ".join(asked.stderr.split())
+    assert [each.name for each in (store / "collection").iterdir()] == ["softrag"]
+
+
 # info
 
 
