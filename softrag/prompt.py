@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +27,10 @@ RERANK_TOKEN = "<RR>"
 # Stand-ins for the parts of a chat that are tokenized apart. Private-use characters: no template
 # or text has a reason to hold them.
 _DOCUMENTS, _QUESTION, _ANSWER = "\ue0d0", "\ue0d1", "\ue0d2"
+
+# Whether special tokens mean something is a switch of the tokenizer, not of the call: a thread that
+# reads a template must not have it thrown by one that reads a question, nor the other way round.
+_READING = threading.Lock()
 
 
 class _Text(str):
@@ -305,7 +310,7 @@ class RagPrompt:
         answer_start = len(ids)
         if answer is not None:
             # Tokenized apart from the prompt, because generation begins at exactly this border.
-            ids += [*encode_text(self.tokenizer, answer.strip()), self._end]
+            ids += [*self._encode_plain(answer.strip()), self._end]
         return PromptRow(ids, answer_start)
 
     def render_memories(self, lengths: Sequence[int]) -> list[int]:
@@ -349,7 +354,7 @@ class RagPrompt:
             if isinstance(part, int):
                 ids += memory_row(self.memory_ids, part)
             elif isinstance(part, _Text):
-                ids += encode_text(self.tokenizer, part)
+                ids += self._encode_plain(part)
             elif part:
                 ids += self._encode_template(part)
         return ids
@@ -387,8 +392,13 @@ class RagPrompt:
     def _encode_template(self, text: str) -> list[int]:
         # Templates write their special tokens, bos included, as text.
         if text not in self._encoded:
-            self._encoded[text] = list(self.tokenizer.encode(text, add_special_tokens=False))
+            with _READING:
+                self._encoded[text] = list(self.tokenizer.encode(text, add_special_tokens=False))
         return self._encoded[text]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        with _READING:
+            return encode_text(self.tokenizer, text)
 
     def _answer_end(self) -> int:
         """Return the token that the chat template puts behind an answer, else eos."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -278,6 +281,29 @@ def test_the_number_of_soft_tokens_follows_the_length_or_is_fixed(
     prompt = document_prompt(tokenizer, max_document_tokens=500, **changes)
 
     assert prompt.render([7] * tokens).n_memory == expected
+
+
+@pytest.fixture
+def threads_take_turns() -> Iterator[None]:
+    """Let the interpreter change threads all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_that_ask_first_at_once_are_read_right(threads_take_turns: None) -> None:
+    tokenizer = build_tokenizer("Llama")
+    add_special_tokens(tokenizer)
+    question = f"Why {LITERALS}?"
+    expected = RagPrompt(tokenizer, SoftRAGConfig()).render(question, [2])
+
+    for _ in range(100):
+        # What a prompt has once read of its templates it does not read again.
+        prompt = RagPrompt(tokenizer, SoftRAGConfig())
+        with ThreadPoolExecutor(4) as threads:
+            rows = [threads.submit(prompt.render, question, [2]) for _ in range(4)]
+        assert [row.result() for row in rows] == [expected] * 4
 
 
 def test_adding_the_special_tokens_moves_no_other(tiny_family: Path) -> None:
