@@ -108,7 +108,8 @@ def memory_row(tokens: Sequence[Token], length: int) -> list[Token]:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize user text: special tokens written in it, `<MEM>` included, stay plain text."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    with _READING:
+        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 class DocumentPrompt:
@@ -310,7 +311,7 @@ class RagPrompt:
         answer_start = len(ids)
         if answer is not None:
             # Tokenized apart from the prompt, because generation begins at exactly this border.
-            ids += [*self._encode_plain(answer.strip()), self._end]
+            ids += [*encode_text(self.tokenizer, answer.strip()), self._end]
         return PromptRow(ids, answer_start)
 
     def render_memories(self, lengths: Sequence[int]) -> list[int]:
@@ -354,7 +355,7 @@ class RagPrompt:
             if isinstance(part, int):
                 ids += memory_row(self.memory_ids, part)
             elif isinstance(part, _Text):
-                ids += self._encode_plain(part)
+                ids += encode_text(self.tokenizer, part)
             elif part:
                 ids += self._encode_template(part)
         return ids
@@ -395,10 +396,6 @@ class RagPrompt:
             with _READING:
                 self._encoded[text] = list(self.tokenizer.encode(text, add_special_tokens=False))
         return self._encoded[text]
-
-    def _encode_plain(self, text: str) -> list[int]:
-        with _READING:
-            return encode_text(self.tokenizer, text)
 
     def _answer_end(self) -> int:
         """Return the token that the chat template puts behind an answer, else eos."""

@@ -1,7 +1,8 @@
-"""What a memory must be before a decoder reads it. It knows no engine."""
+"""What memories and prompts must be before a decoder reads them. It knows no engine."""
 
 from __future__ import annotations
 
+from softrag.decoder.base import DecodeRequest
 from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
 from softrag.memory import Memory, is_finite
 
@@ -40,4 +41,23 @@ def check_memory(memory: Memory, *, fingerprint: str, width: int) -> None:
     if not is_finite(values):
         raise NonFiniteMemoryError(
             f"Memory {memory.key} holds NaN or infinity. Compress its document again."
+        )
+
+
+def check_fits(request: DecodeRequest, *, prompt_tokens: int, limit: int | None) -> None:
+    """Refuse a request whose prompt and answer are longer than a decoder reads.
+
+    Args:
+        request: Says how long its answer may be.
+        prompt_tokens: Of its prompt.
+        limit: Most tokens that the decoder reads; None: no limit is known.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    if limit is not None and prompt_tokens + request.max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens and the answer may have "
+            f"{request.max_new_tokens}, but the decoder reads {limit}. Shorten the question, ask "
+            "with fewer or shorter documents, or lower max_new_tokens."
         )

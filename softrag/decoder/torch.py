@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Sequence
 
 from softrag.decoder.base import DecodeRequest, DecodeResult
-from softrag.decoder.checks import check_memory
+from softrag.decoder.checks import check_fits, check_memory
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.eager import EagerEngine
 from softrag.decoder.row import Row
@@ -166,11 +166,5 @@ class TorchDecoder:
             streamed=streamed,
         )
         limit = getattr(self._decoder.config, "max_position_embeddings", None)
-        wanted = len(row.prompt.input_ids) + request.max_new_tokens
-        if limit is not None and wanted > limit:
-            raise ValueError(
-                f"The prompt has {len(row.prompt.input_ids)} tokens and the answer may have "
-                f"{request.max_new_tokens}, but the decoder reads {limit}. Shorten "
-                "the question, ask with fewer or shorter documents, or lower max_new_tokens."
-            )
+        check_fits(request, prompt_tokens=len(row.prompt.input_ids), limit=limit)
         return row

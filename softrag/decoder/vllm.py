@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from softrag.decoder.base import DecodeRequest, DecodeResult
+from softrag.decoder.checks import check_fits
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.prompts import BuiltPrompt, PromptBuilder
 from softrag.errors import DecoderError
@@ -243,13 +244,7 @@ class VLLMDecoder:
 
     def _begin(self, request: DecodeRequest) -> _Answer:
         built = self.prompts.build(request.question, request.documents)
-        limit = self.engine.limit()
-        if limit is not None and len(built.input_ids) + request.max_new_tokens > limit:
-            raise ValueError(
-                f"The prompt has {len(built.input_ids)} tokens and the answer may have "
-                f"{request.max_new_tokens}, but the decoder reads {limit}. Shorten "
-                "the question, ask with fewer or shorter documents, or lower max_new_tokens."
-            )
+        check_fits(request, prompt_tokens=len(built.input_ids), limit=self.engine.limit())
         detokenizer = Detokenizer(self.prompts.prompt.tokenizer, request.stop)
         return _Answer(request, built, detokenizer, self._end_ids)
 

@@ -27,6 +27,7 @@ def to_filter(where: Where) -> models.Filter | None:
             as it is.
 
     Raises:
+        TypeError: It is neither a mapping nor a filter.
         ValueError: A key or value cannot be filtered on.
     """
     models = qdrant().models
