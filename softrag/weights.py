@@ -1,4 +1,4 @@
-"""Trained weights on disk: safetensors files with checksums, whole or as 8-bit differences.
+"""Trained weights on disk: safetensors files with checksums, whole or in 8 bits.
 
 It knows the parts of a model by the names of their parameters alone.
 """
@@ -25,7 +25,10 @@ COMPRESSOR_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "rer
 DECODER_WEIGHTS = ("auto_encoding_embedding",)
 """Beginnings of the names of parameters that no base model has, by the part they come with."""
 
-_DIFFERENCE, _SCALE = ".difference", ".difference_scale"
+# What a matrix is stored as in 8 bits: its difference to a base weight, or itself.
+_DIFFERENCE, _DIFFERENCE_SCALE = ".difference", ".difference_scale"
+_ROUNDED, _ROUNDED_SCALE = ".rounded", ".rounded_scale"
+_SUFFIXES = (_DIFFERENCE_SCALE, _ROUNDED_SCALE, _DIFFERENCE, _ROUNDED)
 
 
 class StoredTensor(NamedTuple):
@@ -88,17 +91,23 @@ def is_trained_base_weight(name: str) -> bool:
 def shrink(
     trained: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Round trained base matrices to 8-bit differences, everything else to bfloat16."""
+    """Round trained base matrices (their differences) and adapters to 8 bits, others to bf16."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in trained.items():
         if is_trained_base_weight(name) and tensor.ndim == 2:
-            difference = tensor.float() - base[name]
-            scale = difference.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-            stored[name + _DIFFERENCE] = (difference / scale).round().to(torch.int8)
-            stored[name + _SCALE] = scale
+            rounded, scale = _round_rows(tensor.float() - base[name])
+            stored |= {name + _DIFFERENCE: rounded, name + _DIFFERENCE_SCALE: scale}
+        elif is_lora_weight(name):
+            rounded, scale = _round_rows(tensor.float())
+            stored |= {name + _ROUNDED: rounded, name + _ROUNDED_SCALE: scale}
         else:
             stored[name] = tensor.to(torch.bfloat16)
     return stored
+
+
+def _round_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = matrix.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return (matrix / scale).round().to(torch.int8), scale
 
 
 def restore(
@@ -107,17 +116,21 @@ def restore(
     """Undo `shrink`, up to its rounding; tensors stored whole pass through."""
     trained: dict[str, torch.Tensor] = {}
     for key, tensor in stored.items():
+        name = plain_name(key)
         if key.endswith(_DIFFERENCE):
-            name = key.removesuffix(_DIFFERENCE)
-            trained[name] = base[name].float() + tensor.float() * stored[name + _SCALE]
-        elif not key.endswith(_SCALE):
-            trained[key] = tensor
+            trained[name] = base[name].float() + tensor.float() * stored[name + _DIFFERENCE_SCALE]
+        elif key.endswith(_ROUNDED):
+            trained[name] = tensor.float() * stored[name + _ROUNDED_SCALE]
+        elif key == name:
+            trained[name] = tensor
     return trained
 
 
 def plain_name(name: str) -> str:
     """Return the name of the tensor that a stored one is, or is a part of."""
-    return name.removesuffix(_DIFFERENCE).removesuffix(_SCALE)
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def read_safetensors(
