@@ -58,6 +58,7 @@ class LoopThreads(Executor):
 def _hand_over(calls: SimpleQueue[Callable[[], None] | None], pool: ThreadPoolExecutor) -> None:
     while (call := calls.get()) is not None:
         pool.submit(call)
+        del call  # else the last one, and all it holds, lives until the next comes
 
 
 def _run(future: Future[Any], call: Callable[[], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 
@@ -71,6 +72,20 @@ def test_a_call_that_was_cancelled_in_time_does_not_run(threads):
     threads.shutdown()
 
     assert ran == []
+
+
+def test_a_finished_call_keeps_nothing_alive(threads):
+    class Engine:
+        def ask(self):
+            return "Paris"
+
+    engine, gone = Engine(), threading.Event()
+    weakref.finalize(engine, gone.set)
+
+    assert threads.submit(engine.ask).result(10) == "Paris"
+    del engine
+
+    assert gone.wait(10)
 
 
 def test_shutdown_finishes_what_was_submitted(threads):
