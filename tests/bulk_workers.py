@@ -1,4 +1,4 @@
-"""What bulk workers load in tests: embedders that kill their process, each in its way."""
+"""What bulk workers load in tests: embedders that fail or kill their process, each in its way."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ class MortalEmbedder(HashingEmbedder):
         if any("deadly" in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().embed_documents(texts)
+
+
+class UnreachableEmbedder(HashingEmbedder):
+    """Fails as one whose vectors come from a server that is down."""
+
+    def __init__(self, device: str) -> None:
+        """Make one, wherever it is to run."""
+
+    def embed_documents(self, texts: list[str]):
+        raise ConnectionRefusedError("the embedding server refused")

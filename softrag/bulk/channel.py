@@ -20,6 +20,10 @@ from softrag.store.points import Points, make_points
 from softrag.store.record import StoreRecord
 
 
+class HungUp(ConnectionError):
+    """The other end of a channel is gone; no error of files, stores or callbacks is one."""
+
+
 class Channel:
     """One end of a connection. A message is a JSON object, and some are followed by an array."""
 
@@ -27,16 +31,20 @@ class Channel:
         self._connection = connection
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message."""
-        self._connection.send_bytes(json.dumps(message).encode())
+        """Send a message.
+
+        Raises:
+            HungUp: The other end is gone.
+        """
+        self._send_bytes(json.dumps(message).encode())
 
     def receive(self) -> dict[str, Any]:
         """Wait for a message.
 
         Raises:
-            EOFError: The other end is gone.
+            HungUp: The other end is gone.
         """
-        message: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        message: dict[str, Any] = json.loads(self._receive_bytes())
         return message
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -47,12 +55,12 @@ class Channel:
     def send_points(self, points: Points) -> None:
         """Send points; the message `{"do": "write"}` comes first."""
         self.send({"ids": list(points.ids), "payloads": list(points.payloads)})
-        self._connection.send_bytes(np.ascontiguousarray(points.vectors, np.float32).tobytes())
+        self._send_bytes(np.ascontiguousarray(points.vectors, np.float32).tobytes())
 
     def receive_points(self, dimension: int) -> Points:
         """Wait for points with vectors of `dimension`."""
         message = self.receive()
-        vectors = np.frombuffer(self._connection.recv_bytes(), np.float32)
+        vectors = np.frombuffer(self._receive_bytes(), np.float32)
         return Points(
             ids=message["ids"],
             payloads=message["payloads"],
@@ -62,6 +70,18 @@ class Channel:
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
+
+    def _send_bytes(self, data: bytes) -> None:
+        try:
+            self._connection.send_bytes(data)
+        except OSError as error:
+            raise HungUp(str(error)) from error
+
+    def _receive_bytes(self) -> bytes:
+        try:
+            return self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise HungUp(str(error)) from error
 
 
 class RemoteStore:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from softrag import errors
 from softrag.answer import AddError
-from softrag.bulk.channel import Channel, read_tally_message, share_message
+from softrag.bulk.channel import Channel, HungUp, read_tally_message, share_message
 from softrag.bulk.shares import Share
 from softrag.bulk.worker import Address
 from softrag.documents import Chunk
@@ -58,7 +58,7 @@ class Coordinator:
         shares: What is to be done; cut as workers ask.
         store: The store that workers cannot open, because only one process may; None where they
             can.
-        on_progress: Called after every share, from any thread.
+        on_progress: Called after every share, from any thread; what it raises ends the run.
         host: Where workers on other machines reach this one; None serves this machine only.
     """
 
@@ -83,7 +83,7 @@ class Coordinator:
         self._gone = 0
         self._started: float | None = None
         self._all_cut = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         key = os.urandom(32)
         self._listener = Listener((host, 0) if host else None, backlog=128, authkey=key)
         self.address = Address(self._listener.address, key)
@@ -105,6 +105,7 @@ class Coordinator:
 
         Raises:
             SoftRAGError: A worker or the store failed; what is stored stays stored.
+            BaseException: What `on_progress` raised.
         """
         with self._changed:
             self._changed.wait_for(self._is_done, timeout)
@@ -161,9 +162,9 @@ class Coordinator:
                     raise kind(message["message"])
                 else:
                     channel.send(self._answer(message, channel))
-        except (EOFError, ConnectionError, OSError):
+        except HungUp:
             pass  # the worker died, or has no more to do
-        except Exception as error:
+        except BaseException as error:  # a callback's sys.exit() must not end this thread alone
             with self._changed:
                 self._error = self._error or error
         finally:
@@ -208,7 +209,6 @@ class Coordinator:
     def _finish(self, share: Share, tally: Tally) -> None:
         with self._changed:
             self.tally.merge(tally)
-            self._open_shares -= 1
             self._nbytes += share.nbytes
             progress = Progress(
                 nbytes=self._nbytes,
@@ -217,9 +217,12 @@ class Coordinator:
                 workers=self._workers,
                 seconds=self.seconds,
             )
-            self._changed.notify_all()
         if self._on_progress is not None:
             self._on_progress(progress)
+        # Not before the callback: what it raises about the last share ends the run, too.
+        with self._changed:
+            self._open_shares -= 1
+            self._changed.notify_all()
 
     def _lose(self, share: Share | None) -> None:
         """Note that a worker is gone, and give what it had to another."""

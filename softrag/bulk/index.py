@@ -69,7 +69,8 @@ def index_files(
         setup: What a worker loads.
         workers: How many processes to start; a launcher's own number is taken instead.
         prune: Delete from the store the files at or below `paths` that no longer exist.
-        on_progress: Called with the progress and the bytes there are in all.
+        on_progress: Called with the progress and the bytes there are in all; what it raises ends
+            the run and is raised here.
 
     Returns:
         The report; None in all but the first process of a launcher.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from softrag.answer import AddError
-from softrag.bulk.channel import Channel, RemoteStore, read_share_message, tally_message
+from softrag.bulk.channel import Channel, HungUp, RemoteStore, read_share_message, tally_message
 from softrag.bulk.shares import Share
 from softrag.compressor import Compressor
 from softrag.documents import Document
@@ -130,7 +130,7 @@ def work(setup: WorkerSetup, address: Address, worker: int) -> None:
             )
             channel.send({"do": "done", "tally": tally_message(tally)})
             channel.send({"do": "next"})
-    except (EOFError, ConnectionError):
+    except HungUp:
         raise
     except Exception as error:
         channel.send({"do": "fail", "kind": type(error).__name__, "message": str(error)})

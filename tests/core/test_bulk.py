@@ -22,10 +22,10 @@ import torch
 from softrag import SoftRAG
 from softrag.bulk import StoreAddress, WorkerSetup, index_files
 from softrag.bulk.shares import cut_shares
-from softrag.errors import CheckpointError, MemoryMismatchError, StoreError
+from softrag.errors import CheckpointError, MemoryMismatchError, SoftRAGError, StoreError
 from softrag.files import find_files, read_file, read_files
 from softrag.store import MemoryStore
-from tests.bulk_workers import MortalEmbedder
+from tests.bulk_workers import MortalEmbedder, UnreachableEmbedder
 from tests.checkpoints import build_checkpoint, build_model
 from tests.core.qdrant_stub import QdrantStub
 from tests.embedders import HashingEmbedder
@@ -284,6 +284,45 @@ def test_what_fails_in_a_worker_fails_the_run_with_its_own_words(corpus, tmp_pat
     with pytest.raises(CheckpointError):
         index_files([corpus], setup=setup(tmp_path / "store", checkpoint=str(broken)), workers=2)
     assert active_children() == []
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), OSError("disk full"), SystemExit(3)])
+def test_what_the_callers_own_callback_raises_ends_the_run(corpus, tmp_path, error):
+    def fail(now, total):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        index_files([corpus], setup=setup(tmp_path / "store"), workers=2, on_progress=fail)
+    stopped_at = len(contents(tmp_path / "store"))
+    index_files([corpus], setup=setup(tmp_path / "store"), workers=1)
+
+    assert raised.value is error
+    assert active_children() == []
+    expected = by_one_process(corpus, tmp_path / "one")
+    assert 0 < stopped_at < len(expected)
+    assert_same(contents(tmp_path / "store"), expected)
+
+
+def test_what_the_callback_raises_about_the_last_share_is_not_lost(corpus, tmp_path):
+    error = OSError("disk full")
+
+    def fail(now, total):
+        if now.nbytes == total:
+            raise error
+
+    with pytest.raises(OSError, match="disk full") as raised:
+        index_files([corpus], setup=setup(tmp_path / "store"), workers=1, on_progress=fail)
+
+    assert raised.value is error
+    expected = by_one_process(corpus, tmp_path / "one")
+    assert_same(contents(tmp_path / "store"), expected)
+
+
+def test_a_worker_tells_of_a_connection_that_failed_and_is_not_replaced(corpus, tmp_path):
+    setup_ = setup(tmp_path / "store", embedder=UnreachableEmbedder)
+
+    with pytest.raises(SoftRAGError, match="the embedding server refused"):
+        index_files([corpus], setup=setup_, workers=1)
 
 
 def test_a_store_of_another_model_is_refused_before_any_worker_starts(corpus, tmp_path):
