@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,31 @@ class Embedder(Protocol):
     def embed_query(self, text: str, /) -> np.ndarray:
         """Return the vector of a question, `(dimension,)` float32."""
         ...
+
+
+def check_embedder(embedder: object) -> None:
+    """Refuse what is no `Embedder`.
+
+    Raises:
+        TypeError: It lacks what an embedder has, or is a class.
+    """
+    if isinstance(embedder, type):
+        raise TypeError(
+            f"embedder must be an Embedder, found the class {embedder.__name__}. Make one: "
+            f"{embedder.__name__}(...)."
+        )
+    missing = [
+        name
+        for name in ("name", "dimension", "embed_documents", "embed_query")
+        # Looked up before it is asked for: some load their model to say their dimension.
+        if inspect.getattr_static(embedder, name, None) is None and not hasattr(embedder, name)
+    ]
+    if missing:
+        raise TypeError(
+            f"embedder must be an Embedder, found {embedder!r:.80} without {', '.join(missing)}. "
+            "Wrap a model of another library (SentenceTransformerEmbedder, LangChainEmbedder, "
+            "LlamaIndexEmbedder), or leave it out for the default one."
+        )
 
 
 def default_embedder(device: str | torch.device = "cpu") -> Embedder:

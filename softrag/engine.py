@@ -19,8 +19,9 @@ from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
+from softrag.decoder.checks import check_count
 from softrag.documents import Chunk, Document, Hit
-from softrag.embedder import Embedder, default_embedder
+from softrag.embedder import Embedder, check_embedder, default_embedder
 from softrag.errors import EmptyStoreError
 from softrag.fallback import answer_all, stream_answer
 from softrag.handles import MemoryCache
@@ -69,6 +70,7 @@ class SoftRAG:
         window_s: float = 0.005,
         fallback: Router | None = None,
     ) -> None:
+        check_embedder(embedder)
         self.store = store
         self.embedder = embedder
         self.compressor = compressor
@@ -154,6 +156,8 @@ class SoftRAG:
         """
         if fallback is not None and not isinstance(fallback, Router):
             fallback = Router.load(fallback)
+        embedder = embedder or default_embedder()
+        check_embedder(embedder)  # before the model is loaded, which takes long
         model = SoftRAGModel.from_pretrained(
             checkpoint,
             base_model=base_model,
@@ -163,7 +167,6 @@ class SoftRAG:
             dtype=dtype,
             rate=rate,
         )
-        embedder = embedder or default_embedder()
         # One lock: compressor and decoder may be the same weights.
         lock = threading.Lock()
         if decoder == "torch" and load_decoder:
@@ -271,6 +274,7 @@ class SoftRAG:
         Raises:
             EmptyStoreError: The store is empty.
         """
+        check_count("k", k)
         return self._search(question, k, where, with_memories=True)
 
     def ask(
@@ -428,8 +432,6 @@ class SoftRAG:
     # Steps
 
     def _search(self, question: str, k: int, where: Where, *, with_memories: bool) -> list[Hit]:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, found {k}.")
         check_question(question)
         embedding = self.embedder.embed_query(question)
         hits = self.store.search(embedding, k, where=where, with_memories=with_memories)
@@ -444,6 +446,9 @@ class SoftRAG:
         self, question: str, k: int, candidates: int | None, mode: Mode, where: Where
     ) -> Asked:
         check_mode(mode)
+        check_count("k", k)
+        if candidates is not None:
+            check_count("candidates", candidates)
         reranks = self.compressor is not None and self.compressor.reranks
         if candidates is not None and (candidates < k or not reranks):
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from softrag.decoder.checks import check_count
 from softrag.memory import Memory
 
 
@@ -36,8 +37,7 @@ class DecodeRequest:
 
     def __post_init__(self) -> None:
         """Check the numbers, and that `stop` is no bare string."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        check_count("max_new_tokens", self.max_new_tokens)
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0.0 or more, found {self.temperature}.")
         if isinstance(self.stop, str) or not all(self.stop):

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,11 +250,67 @@ def test_a_blank_question_is_refused(engine):
         (lambda engine: Document(text="a", source=Path("a.txt")), "source must be a string"),
         (lambda engine: Document(text="a", metadata=None), "metadata must be a mapping"),
         (lambda engine: MemoryStore.open(None), "A store is a folder, a Qdrant URL"),
+        (lambda engine: engine.retrieve(QUESTION, k=None), "k must be a whole number, found None"),
+        (
+            lambda engine: engine.ask(QUESTION, candidates=6.0),
+            "candidates must be a whole number, found 6.0. Give an int.",
+        ),
     ],
 )
 def test_arguments_of_another_kind_are_named(engine, call, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         call(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": "3"}, "k must be a whole number, found '3'. Give an int."),
+        ({"k": 2.5, "mode": "closed"}, "k must be a whole number, found 2.5. Give an int."),
+        (
+            {"max_new_tokens": 2.5},
+            "max_new_tokens must be a whole number, found 2.5. Give an int.",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        SoftRAG.ask,
+        SoftRAG.stream,
+        lambda engine, question, **options: engine.ask_many([question], **options),
+    ],
+)
+def test_every_way_to_ask_names_a_count_that_is_no_whole_number(engine, ask, options, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        ask(engine, QUESTION, **options)
+
+
+def test_counts_may_be_numpys(engine):
+    assert len(engine.ask(QUESTION, k=np.int64(2), max_new_tokens=np.int32(2)).sources) == 2
+
+
+class WordVectors:
+    """Has what LangChain asks of an embedder, and no name or dimension."""
+
+    embed_documents = HashingEmbedder.embed_documents
+    embed_query = HashingEmbedder.embed_query
+
+
+@pytest.mark.parametrize(
+    ("embedder", "message"),
+    [
+        ("all-MiniLM-L6-v2", "found 'all-MiniLM-L6-v2' without name, dimension, embed_documents, "),
+        (WordVectors(), "WordVectors object at 0x"),
+        (WordVectors(), " without name, dimension. Wrap a model of another library"),
+        (HashingEmbedder, "found the class HashingEmbedder. Make one: HashingEmbedder(...)"),
+    ],
+)
+def test_an_embedder_of_another_kind_is_named_before_a_model_is_loaded(embedder, message, engine):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SoftRAG.from_pretrained("no such checkpoint", embedder=embedder)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SoftRAG(store=engine.store, embedder=embedder)
 
 
 def test_filters_choose_by_metadata(empty_engine):
