@@ -22,6 +22,7 @@ from softrag.cli.options import (
     MaxNewTokens,
     Rate,
     TopK,
+    check_store,
     hush_transformers,
 )
 
@@ -266,10 +267,8 @@ def _check_options(
     for written in (report, calibrate):
         if written is not None and not written.parent.is_dir():
             raise typer.BadParameter(f"{written} cannot be written: {written.parent} is no folder.")
-    if store and "://" not in store and not Path(store).exists():
-        raise typer.BadParameter(
-            f"there is no store at {store}. Make one first: softrag index PATH --store {store}"
-        )
+    if store:
+        check_store(store)
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"the models' names must differ, found {', '.join(names)}.")

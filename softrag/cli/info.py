@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from softrag.cli.options import DEFAULT_MODEL, DEFAULT_STORE, Json, Model, Store, hush_transformers
+from softrag.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_STORE,
+    Json,
+    Model,
+    Store,
+    has_store,
+    hush_transformers,
+)
 
 
 def info(
@@ -87,7 +94,7 @@ def _model(model: str, *, load: bool) -> dict[str, Any]:
 def _store(location: str) -> dict[str, Any] | None:
     from softrag.store import MemoryStore
 
-    if "://" not in location and not Path(location).exists():
+    if not has_store(location):
         return None
     with MemoryStore.open(location) as store:
         return {**asdict(store.info()), "sources": len(store.sources())}

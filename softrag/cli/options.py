@@ -115,11 +115,8 @@ class EngineOptions:
         Raises:
             StoreError: The store or its collection does not exist and `create` is false.
         """
-        if not create and "://" not in self.store and not Path(self.store).exists():
-            raise StoreError(
-                f"There is no store at {self.store}. Make one first: softrag index PATH --store "
-                f"{self.store}"
-            )
+        if not create:
+            check_store(self.store)
         # Imported here: `softrag --help` should not wait for the models' libraries.
         from softrag.engine import SoftRAG
         from softrag.store import MemoryStore
@@ -172,6 +169,23 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return run
+
+
+def has_store(place: str) -> bool:
+    """Tell whether a store's folder is there; a server is asked when it is opened."""
+    return "://" in place or Path(place).exists()
+
+
+def check_store(place: str) -> None:
+    """Refuse a folder that is not there, before anything is loaded.
+
+    Raises:
+        StoreError: It is not there.
+    """
+    if not has_store(place):
+        raise StoreError(
+            f"There is no store at {place}. Make one first: softrag index PATH --store {place}"
+        )
 
 
 def hush_transformers() -> None:

@@ -168,13 +168,23 @@ def test_ask_filters_by_metadata(tmp_path):
     assert "No chunk matches --where" in none.stdout
 
 
-def test_asking_without_a_store_says_how_to_make_one_and_makes_none(tmp_path):
-    result = run("ask", QUESTION, store=tmp_path / "nowhere")
+@pytest.mark.parametrize("command", ["ask", "chat", "eval"])
+def test_without_a_store_every_command_says_how_to_make_one_and_makes_none(tmp_path, command):
+    nowhere = tmp_path / "nowhere"
+    arguments = {
+        "ask": [QUESTION],
+        "chat": [],
+        "eval": [write_questions(tmp_path / "questions.jsonl")],
+    }
+
+    result = run(command, *arguments[command], "--store", nowhere, store=nowhere)
 
     assert result.exit_code == 1
-    assert "softrag index PATH" in result.stderr
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "nowhere").exists()
+    assert result.stderr == (
+        f"Error: There is no store at {nowhere}. Make one first: softrag index PATH --store "
+        f"{nowhere}\n"
+    )
+    assert not nowhere.exists()
 
 
 def test_a_store_of_another_model_is_refused(store):
@@ -456,7 +466,6 @@ def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store):
         (("--codecs", "bf17"), "no codec"),
         (("--report", "no/such/page.html"), "no/such is no folder"),
         (("--calibrate", "no/such/router.json"), "no/such is no folder"),
-        (("--store", "no/such/store"), "softrag index PATH --store no/such/store"),
         (("--model", "a/x", "--model", "b/x"), "names must differ"),
     ],
 )
