@@ -11,7 +11,7 @@ import torch
 from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
 from softrag.memory import Memory, is_finite, memory_key
 from softrag.model import Compressed, SoftRAGModel
-from softrag.packing import pack_lengths
+from softrag.packing import pack_lengths, working_on
 from softrag.prompt import DocumentPrompt, DocumentRow
 
 TOKENIZED_TOGETHER = 512
@@ -25,7 +25,8 @@ class Compressor:
         model: A model loaded with its compressor.
         batch_tokens: Most compressor tokens in one forward pass. None: 1,024 on a CPU, where what
             a layer writes should stay in its caches (measured: 22 documents/s against 16 with
-            4,096), 16,384 elsewhere.
+            4,096); on a GPU 128 for each of its multiprocessors, so that matrix products, cut into
+            tiles of 128 rows, end with all of them at work (an H100: 16,896).
         cut: Cut a document that is too long, as research code does, instead of refusing it. What
             is cut off is not read.
         lock: Held during every forward pass. Whoever else runs the same model shares it; None for
@@ -41,7 +42,7 @@ class Compressor:
         lock: threading.Lock | None = None,
     ) -> None:
         if batch_tokens is None:
-            batch_tokens = 1024 if model.device.type == "cpu" else 16384
+            batch_tokens = _default_batch_tokens(model.device)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
         if model.compressor_tokenizer is None:
@@ -196,7 +197,7 @@ class Compressor:
         rows = [row for _, row in batch]
         packed = pack_lengths([len(row.input_ids) for row in rows])
         ids = torch.tensor([i for row in rows for i in row.input_ids])
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), working_on(self.model.device):
             if not self._on_cpu:
                 self.model.fuse_compressor(self.batch_tokens)
             return _Running(batch, self.model.compress_packed(ids, packed))
@@ -234,6 +235,12 @@ class _Running:
             # A clone each, so that keeping one keeps no other.
             good = finite or is_finite(part)
             yield place, row, part.clone() if good else None, relevance
+
+
+def _default_batch_tokens(device: torch.device) -> int:
+    if device.type == "cuda":
+        return 128 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 1024 if device.type == "cpu" else 16384
 
 
 def _name(document: str, place: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -60,6 +61,14 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def working_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one.
+
+    Triton's kernels, events and graphs belong to the current GPU, whichever their tensors are on.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def pack(attention_mask: torch.Tensor) -> Packed:

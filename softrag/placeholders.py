@@ -10,16 +10,16 @@ from softrag.packing import Packed, send
 
 
 class Windows:
-    """Which memory token each text token belongs to: equal windows of its row.
+    """Which text tokens belong to each memory token: equal windows of its row.
 
     Args:
-        owner: `(text,)` index of the memory token; one past the last for text without any.
+        members: `(memory, widest)` which text tokens a window holds; 0 beyond its `count`.
         count: `(memory,)` tokens of each window.
         end: `(memory,)` position of each window's last token.
     """
 
-    def __init__(self, owner: torch.Tensor, count: torch.Tensor, end: torch.Tensor) -> None:
-        self.owner = owner
+    def __init__(self, members: torch.Tensor, count: torch.Tensor, end: torch.Tensor) -> None:
+        self.members = members
         self.count = count
         self.end = end
 
@@ -42,26 +42,33 @@ class Windows:
         row = packed.row[at_text]
         text_per_row = zeros.index_add(0, row, torch.ones_like(row))
         # Rank among the row's text tokens; the memory tokens may stand anywhere.
-        rank = (
-            torch.arange(len(at_text), device=row.device)
-            - (text_per_row.cumsum(0) - text_per_row)[row]
-        )
+        number = torch.arange(len(at_text), device=row.device)
+        rank = number - (text_per_row.cumsum(0) - text_per_row)[row]
         # A row without placeholders is read but owns no window.
         share = (rank * per_row[row]) // text_per_row[row].clamp_min(1)
         owner = torch.where(per_row[row] > 0, first[row] + share, len(at_memory))
+        # The text without a window gets one behind all others, which is thrown away.
         extra = zeros.new_zeros(len(at_memory) + 1)
-        count = extra.index_add(0, owner, torch.ones_like(owner))
-        end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")
-        return cls(owner, count[:-1], end[:-1])
+        count = extra.index_add(0, owner, torch.ones_like(owner))[:-1]
+        end = extra.scatter_reduce(0, owner, packed.position[at_text], "amax")[:-1]
+        begin = extra.scatter_reduce(0, owner, number, "amin", include_self=False)[:-1]
+        step = torch.arange(int(count.max()) if len(count) else 0, device=row.device)
+        members = torch.where(step < count[:, None], begin[:, None] + step, 0)
+        return cls(members, count, end)
 
     def to(self, device: torch.device) -> Windows:
         """Return the windows on a device."""
-        return Windows(*(send(part, device) for part in (self.owner, self.count, self.end)))
+        return Windows(*(send(part, device) for part in (self.members, self.count, self.end)))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average `(text, hidden)` over each window: `(memory, hidden)`; 0 for an empty window."""
-        total = values.new_zeros((len(self.count) + 1, values.shape[-1]))
-        total = total.index_add(0, self.owner, values)[:-1]
+        # Picked and summed, in float32 and in order; adding each value to its window would make a
+        # GPU's results differ from run to run.
+        picked = values.index_select(0, self.members.flatten())
+        picked = picked.view(*self.members.shape, values.shape[-1])
+        step = torch.arange(self.members.shape[1], device=values.device)
+        beyond = (step >= self.count[:, None])[..., None]
+        total = picked.masked_fill(beyond, 0.0).sum(1)
         return total / self.count.clamp_min(1)[:, None].to(values.dtype)
 
 

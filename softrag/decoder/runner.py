@@ -19,7 +19,7 @@ from softrag.decoder.sampling import choose, log_probabilities
 from softrag.fused import FusedBackbone
 from softrag.fused.graphs import GraphSet
 from softrag.memory import Memory
-from softrag.packing import can_capture, send
+from softrag.packing import can_capture, send, working_on
 
 LARGEST_CAPTURED = 2048
 """Prompt tokens of the largest pass that is captured; larger ones keep the device busy anyway."""
@@ -122,7 +122,7 @@ class StepRunner:
         )
         self._embeddings = embeddings
         self._head = head
-        self._graphs = GraphSet() if capture else None
+        self._graphs = GraphSet(backbone.device) if capture else None
         self._capture_prompts = capture and can_capture(backbone.dtype)
         self._sampling: list[bool] = []
         self._longest: list[int] = []
@@ -164,10 +164,16 @@ class StepRunner:
 
         New rows take the places behind the running ones.
         """
+        with working_on(self.backbone.device):
+            return self._step(new)
+
+    def _step(self, new: Sequence[NewRow]) -> Chosen:
         running = self.rows
         prompt = self._stage(new) if new else None
         sampling = any(self._sampling) or any(row.temperature for row in new)
-        places = _bucket(running, self.batch_size) if self._graphs is not None else running
+        places = running
+        if self._graphs is not None:
+            places = _bucket(running, self.batch_size, mixed=bool(new))
         if self._graphs is not None and (prompt is None or prompt.captured):
             key = (places, prompt.shape if prompt else None, sampling)
             out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling))
@@ -372,8 +378,14 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _bucket(rows: int, most: int) -> int:
-    """Return the number of places captured for some rows: few shapes, little waste."""
+def _bucket(rows: int, most: int, *, mixed: bool) -> int:
+    """Return the number of places captured for some rows: few shapes, little waste.
+
+    Beside prompts even fewer: there are shapes for each number of prompt tokens too, and a spare
+    row costs next to nothing there.
+    """
+    if mixed and rows:
+        return min(most, next((step for step in (4, 16, 64) if rows <= step), -(-rows // 64) * 64))
     if rows <= 2:
         return rows
     step = 4 if rows <= 8 else 8 if rows <= 64 else 32

@@ -21,13 +21,16 @@ class GraphSet:
 
     What is captured reads and writes tensors that stay where they are; graphs share one memory
     for what lies between, so an output holds until the next replay.
+
+    Args:
+        device: The GPU, which must be the current one wherever work is run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         # None: this one can't be captured.
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any] | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
 
     def run(self, key: Hashable, work: Callable[[], Output]) -> Output:
         """Do some work, from its graph if there is one.

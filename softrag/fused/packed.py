@@ -31,7 +31,7 @@ class PackedRunner:
         if not capture or not can_capture(backbone.dtype):
             return
         device = backbone.device
-        self._graphs = GraphSet()
+        self._graphs = GraphSet(device)
         self._embeddings = torch.zeros(
             (width, backbone.hidden), dtype=backbone.dtype, device=device
         )

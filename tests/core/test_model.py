@@ -248,7 +248,7 @@ def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Pa
     is_memory = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]).bool()
     windows = Windows.of(packed, is_memory, (~is_memory).nonzero()[:, 0], is_memory.nonzero()[:, 0])
 
-    assert windows.owner.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert windows.members.tolist() == [[0, 1, 2], [3, 4, 0]]
     assert windows.count.tolist() == [3, 2]
     assert windows.end.tolist() == [2, 4]
     values = torch.tensor([[3.0], [6.0], [0.0], [1.0], [3.0], [100.0], [100.0]])

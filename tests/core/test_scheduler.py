@@ -50,7 +50,7 @@ def expected(model, requests):
 class Repeated:
     """Stands in for CUDA graphs: does all work twice, as capturing does."""
 
-    def __init__(self):
+    def __init__(self, device):
         self.keys = set()
 
     def run(self, key, work):
@@ -81,6 +81,28 @@ def test_a_request_that_no_page_is_left_for_is_refused(model):
 
     with pytest.raises(ValueError, match="keeps keys and values of 64"):
         decoder.generate([DecodeRequest(question="Why?", max_new_tokens=100)])
+
+
+def test_rows_beside_prompts_are_padded_to_few_shapes():
+    alone = {runner._bucket(rows, 100, mixed=False) for rows in range(101)}
+    beside = {runner._bucket(rows, 100, mixed=True) for rows in range(101)}
+
+    assert beside == {0, 4, 16, 64, 100}
+    assert len(alone) == 14
+    assert all(runner._bucket(rows, 100, mixed=True) >= rows for rows in range(101))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_compresses_and_answers_as_the_first_does():
+    told = []
+    for device in ("cuda:0", "cuda:1"):
+        model = build_model("Qwen3").to(device=device, dtype=torch.bfloat16)
+        memory = Compressor(model).compress(SENTENCES[:1])[0]
+        request = DecodeRequest(question="Who?", documents=[memory], max_new_tokens=8)
+        told.append((memory.values, TorchDecoder(model).generate([request])[0].text))
+
+    assert torch.equal(told[0][0], told[1][0])
+    assert told[0][1] == told[1][1]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
