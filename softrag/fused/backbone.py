@@ -21,6 +21,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose frequencies do not depend on the length of what is read.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
+# Tokens of a pass from which on states cost more than weights.
+MANY_TOKENS = 1024
+
 # (layer number, its queries, keys and values (T, ...)) -> (T, heads * head_dim)
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -105,19 +108,18 @@ class FusedBackbone:
     def forward(self, x: torch.Tensor, attend: Attend) -> States:
         """Run all layers and the final norm over `(T, hidden)`."""
         linear = nn.functional.linear
-        residual = middle = None
+        stream = _Stream(x, self.ops, self.eps)
+        middle = None
         for number, layer in enumerate(self.layers):
-            normed, residual = self.ops.add_norm(x, residual, layer.input_norm, self.eps)
+            normed = stream.normed(layer.input_norm)
             if number == len(self.layers) // 2:
-                middle = residual
+                middle = stream.state()
             attended = attend(number, linear(normed, layer.qkv, layer.qkv_bias))
-            x = linear(attended, layer.out, layer.out_bias)
-            normed, residual = self.ops.add_norm(x, residual, layer.mlp_norm, self.eps)
-            inner = self.ops.silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias))
-            x = linear(inner, layer.down, layer.down_bias)
-        last = self.ops.add_norm(x, residual, self.norm, self.eps)[0]
+            stream.add(attended, layer.out, layer.out_bias)
+            gate_up = linear(stream.normed(layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+            stream.add(self.ops.silu_mul(gate_up), layer.down, layer.down_bias)
         assert middle is not None
-        return States(last, middle)
+        return States(stream.normed(self.norm), middle)
 
     def rotate(
         self,
@@ -166,6 +168,48 @@ class FusedBackbone:
             return self.attend_packed(qkv, cu_seq_lens, max_length)
 
         return self.forward(embeddings, attend).last
+
+
+class _Stream:
+    """The residual stream of a forward pass.
+
+    Args:
+        x: `(T, hidden)` that it starts with.
+        ops: Has `add_norm`.
+        eps: Of the norms.
+    """
+
+    def __init__(self, x: torch.Tensor, ops: ModuleType, eps: float) -> None:
+        self._ops, self._eps = ops, eps
+        # Of many tokens, a product is added where it is made: one reading and one writing of all
+        # states less than adding it before the norm. Few tokens cost next to nothing beside the
+        # weights.
+        self._in_place = len(x) >= MANY_TOKENS
+        self._total = x.clone() if self._in_place else None
+        self._added: torch.Tensor | None = None if self._in_place else x
+
+    def normed(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the stream, normalized."""
+        if self._added is None:
+            assert self._total is not None
+            return self._ops.add_norm(self._total, None, weight, self._eps)[0]
+        out, self._total = self._ops.add_norm(self._added, self._total, weight, self._eps)
+        return out
+
+    def add(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Add a linear layer's output; the next to be called is `normed`."""
+        if not self._in_place:
+            self._added = nn.functional.linear(states, weight, bias)
+            return
+        assert self._total is not None
+        self._total.addmm_(states, weight.t())
+        if bias is not None:
+            self._total += bias
+
+    def state(self) -> torch.Tensor:
+        """Return the stream as it was when last normalized."""
+        assert self._total is not None
+        return self._total.clone() if self._in_place else self._total
 
 
 def _operations(device: torch.device) -> ModuleType:

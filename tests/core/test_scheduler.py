@@ -14,6 +14,7 @@ import torch
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder, runner
 from softrag.decoder.cache import PagePool
+from softrag.fused import backbone
 from tests.checkpoints import build_model
 from tests.families import SENTENCES
 
@@ -105,8 +106,34 @@ def test_a_second_gpu_compresses_and_answers_as_the_first_does():
     assert told[0][1] == told[1][1]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_padded_shapes_give_the_same_answers(model, requests, expected, ahead, monkeypatch):
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_passes_over_many_tokens_add_products_in_place_and_give_the_same_states(
+    family, monkeypatch
+):
+    language_model = build_model(family).decoder
+    embeddings = torch.randn(50, language_model.config.hidden_size)
+    borders, positions = torch.tensor([0, 20, 50], dtype=torch.int32), torch.arange(50) % 30
+    fused = backbone.FusedBackbone(language_model.base_model)
+
+    def states():
+        def attend(number, qkv):
+            fused.rotate(number, qkv, positions)
+            return fused.attend_packed(qkv, borders, 30)
+
+        return fused.forward(embeddings, attend)
+
+    before, few = embeddings.clone(), states()
+    monkeypatch.setattr(backbone, "MANY_TOKENS", 50)
+    many = states()
+
+    torch.testing.assert_close(many.last, few.last, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(many.middle, few.middle, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embeddings, before)
+
+
+@pytest.mark.parametrize(("ahead", "many"), [(False, 10**6), (True, 10**6), (True, 1)])
+def test_padded_shapes_give_the_same_answers(model, requests, expected, ahead, many, monkeypatch):
+    monkeypatch.setattr(backbone, "MANY_TOKENS", many)
     monkeypatch.setattr(runner, "GraphSet", Repeated)
     monkeypatch.setattr(runner, "can_capture", lambda dtype: True)
     decoder = TorchDecoder(model, capture=True, batch_size=7)
