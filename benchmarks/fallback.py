@@ -4,9 +4,9 @@
     python benchmarks/fallback.py route DIR --json FILE
 
 `answer` needs a GPU to be quick: it answers every file closed book, from text and from memories,
-and writes `answers.json` (scores, answers, log-probabilities) and `states.npz` (prompt states).
-`route` fits routers on one half of the questions of all files and tests them on the other half, on
-any machine; it needs scikit-learn.
+and writes `answers.json` (scores, answers, log-probabilities, texts) and `states.npz` (prompt
+states). `route` fits routers on one half of the questions of all files and tests them on the
+other half, on any machine; it needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from softrag.comparison import Bootstrap, LoadedModel, answer_rows, calibrate
 from softrag.decoder import DecodeResult
 from softrag.evaluation import read_questions
+from softrag.question_set import texts_of
+from softrag.router import LOOKAHEAD
 
 SEEDS = range(10)
 
@@ -44,6 +46,7 @@ def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size
                 modes=["closed", "text", "memory"],
                 batch_size=batch_size,
                 with_state=True,
+                lookahead=LOOKAHEAD,
             )
         )
         seconds[file.name] = perf_counter() - began
@@ -54,9 +57,11 @@ def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size
                     "source": file.name.split(".jsonl")[0],
                     "question": question.question,
                     "answers": question.answers,
+                    "documents": texts_of(question),
                     **{
                         row.mode: {
                             "text": row.results[place].text,
+                            "opening": row.results[place].opening,
                             "logprobs": [round(x, 4) for x in row.results[place].token_logprobs],
                             "prompt_tokens": row.results[place].prompt_tokens,
                             "finish_reason": row.results[place].finish_reason,
@@ -88,13 +93,17 @@ def route(folder: Path, file: Path) -> None:
         np.array([each[mode]["f1"] for each in answered]) for mode in ("memory", "text", "closed")
     )
     sources = np.array([each["source"] for each in answered])
+    asked = {
+        "questions": [each["question"] for each in answered],
+        "texts": [each["documents"] for each in answered],
+        "memory": memory,
+        "text": text,
+    }
     routers = [
-        _measure(results, memory, text, sources, budget=0.2, lookahead=n, with_state=state)
-        for state, n in ((True, 8), (False, 8), (True, 1), (True, 64))
+        _measure(results, asked, sources, budget=0.2, with_state=state) for state in (True, False)
     ]
     budgets = [
-        _measure(results, memory, text, sources, budget=budget, lookahead=8, with_state=True)
-        for budget in (0.1, 0.3)
+        _measure(results, asked, sources, budget=budget, with_state=True) for budget in (0.1, 0.3)
     ]
     bootstrap = Bootstrap(len(answered))
     values = {
@@ -124,37 +133,35 @@ def _result(recorded: dict, state: torch.Tensor) -> DecodeResult:
         finish_reason=recorded["finish_reason"],
         token_logprobs=recorded["logprobs"],
         prompt_state=state,
+        opening=recorded["opening"],
     )
 
 
 def _measure(
     results: list[DecodeResult],
-    memory: np.ndarray,
-    text: np.ndarray,
+    asked: dict,
     sources: np.ndarray,
     *,
     budget: float,
-    lookahead: int,
     with_state: bool,
 ) -> dict:
     """Return a router's worth, the mean over several ways to halve the questions."""
     runs = [
         calibrate(
             results,
-            memory=memory,
-            text=text,
+            **asked,
             fingerprint="",
             budget=budget,
-            lookahead=lookahead,
             with_state=with_state,
             seed=seed,
         )
         for seed in SEEDS
     ]
+    memory, text = asked["memory"], asked["text"]
     shares = np.stack([run.from_text for run in runs]).mean(0)  # (questions,)
     return {
         "budget": budget,
-        "lookahead": lookahead,
+        "lookahead": LOOKAHEAD,
         "with_state": with_state,
         "from_text": float(shares.mean()),
         "recovered_by_seed": [run.recovered.mean for run in runs],

@@ -30,6 +30,7 @@ class Decoding(NamedTuple):
     temperature: float
     seed: int | None
     with_state: bool = False
+    lookahead: int = 0
 
 
 class Asked(NamedTuple):
@@ -66,16 +67,23 @@ class Prepared:
         """The sources that are stored chunks."""
         return [source for source in self.question.sources if isinstance(source, Hit)]
 
+    @property
+    def texts(self) -> list[str]:
+        """The sources' texts.
+
+        Raises:
+            ValueError: A memory came without its text.
+        """
+        return [_text(source) for source in self.question.sources]
+
     def from_text(self) -> Prepared:
         """Return the same question, to be answered from its sources' texts.
 
         Raises:
             ValueError: A memory came without its text.
         """
-        texts = tuple(_text(source) for source in self.question.sources)
-        return replace(
-            self, mode="text", request=replace(self.request, documents=texts, with_state=False)
-        )
+        request = replace(self.request, documents=tuple(self.texts), with_state=False, lookahead=0)
+        return replace(self, mode="text", request=request)
 
     def answer(self, *passes: DecodeResult, fallback_score: float | None = None) -> Answer:
         """Return the answer with its sources and costs; the clock stops here.
@@ -167,6 +175,7 @@ def prepare(
                 temperature=decoding.temperature,
                 seed=decoding.seed,
                 with_state=decoding.with_state,
+                lookahead=decoding.lookahead,
             ),
             question=question,
             mode=mode,

@@ -131,8 +131,8 @@ class SoftRAG:
             prefer_grpc: Talk gRPC instead of HTTP to a Qdrant server, when it is opened here.
             device: Where the model runs; None chooses.
             dtype: Of all weights, as `SoftRAGModel.from_pretrained` takes it. "bfloat16" answers
-                more than twice as fast on CPUs that compute in it (AVX512-BF16, AMX); "auto" keeps
-                float32 there for the decoder, whose answers then do not depend on what is
+                two to five times as fast on CPUs that compute in it (AVX512-BF16, AMX); "auto"
+                keeps float32 there for the decoder, whose answers then do not depend on what is
                 answered beside them.
             load_decoder: False to add and retrieve only.
             load_compressor: False to answer from stored memories only.
@@ -468,11 +468,14 @@ class SoftRAG:
         return Asked(question, hits, started, perf_counter() - started, keep)
 
     def _prepare(self, found: Sequence[Asked], mode: Mode, decoding: Decoding) -> list[Prepared]:
-        looks = self.fallback is not None and self.fallback.with_state and mode == "memory"
+        if self.fallback is not None and mode == "memory":
+            decoding = decoding._replace(
+                with_state=self.fallback.with_state, lookahead=self.fallback.lookahead
+            )
         return prepare(
             found,
             mode=mode,
-            decoding=decoding._replace(with_state=looks),
+            decoding=decoding,
             decoder=self._need_decoder(),
             compressor=self.compressor,
         )

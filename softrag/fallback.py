@@ -36,7 +36,7 @@ def answer_all(
     if router is None:
         return [each.answer(result) for each, result in zip(prepared, results, strict=True)]
     scores = [
-        router.score(result) if _has_choice(each) else None
+        router.score(result, each.question.text, each.texts) if _has_choice(each) else None
         for each, result in zip(prepared, results, strict=True)
     ]
     doubted = [
@@ -72,7 +72,7 @@ def stream_answer(
     request = prepared.request
     n_tokens = min(router.lookahead, request.max_new_tokens)
     seen = generate([replace(request, max_new_tokens=n_tokens)])[0]
-    score = router.score(seen)
+    score = router.score(seen, prepared.question.text, prepared.texts)
     spent = perf_counter() - started
     if router.prefers_text(score):
         text = prepared.from_text()

@@ -94,6 +94,7 @@ def answer_set(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     with_state: bool = False,
+    lookahead: int = 0,
     on_answers: Callable[[int], None] | None = None,
 ) -> AnsweredSet:
     """Answer questions from their own documents.
@@ -107,6 +108,7 @@ def answer_set(
         batch_size: Questions answered together.
         max_new_tokens: Most tokens of an answer.
         with_state: As in `DecodeRequest`.
+        lookahead: As in `DecodeRequest`.
         on_answers: Called with the number of new answers after every batch.
     """
     known = memories.by_text if memories else {}
@@ -122,7 +124,7 @@ def answer_set(
                 for question, documents in zip(questions[batch], texts[batch], strict=True)
             ],
             mode=mode,
-            decoding=Decoding(max_new_tokens, None, 0.0, None, with_state),
+            decoding=Decoding(max_new_tokens, None, 0.0, None, with_state, lookahead),
             decoder=decoder,
             compressor=compressor,
         )

@@ -1,14 +1,16 @@
 """Whether to trust an answer from memories, or to answer from text instead. It knows no model.
 
-A linear probe reads what the decoder was like when it began to answer from memories: how sure it
-was of its first tokens, and its state at the prompt's last token, halfway through the layers (where
-OverflowGuard finds that compression lost what was asked for). The score is what
-text is expected to be better by. From the threshold on, text answers.
+A linear probe reads how the decoder began to answer from memories: whether its first words stand
+in the texts, which lie beside the memories and need no model to be looked through; how sure it was
+of them; and its state at the prompt's last token, halfway through the layers (where OverflowGuard
+finds that compression lost what was asked for). The score is what text is expected to be better by.
+From the threshold on, text answers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,13 @@ import numpy as np
 from softrag.decoder import DecodeResult
 from softrag.errors import MemoryMismatchError, UnreadableFileError
 
-FORMAT = 1
+FORMAT = 2
+
+N_WITHOUT_STATE = 7
+"""Of the `features` so many are there without the state; they come first."""
+
+LOOKAHEAD = 8
+"""First tokens of an answer that a router looks at, unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +63,20 @@ class Router:
                 f"loaded model is {fingerprint}. Calibrate one for it: softrag eval --calibrate."
             )
 
-    def score(self, result: DecodeResult) -> float:
+    def score(self, result: DecodeResult, question: str, texts: Sequence[str]) -> float:
         """Return what text is expected to be better by than this result of memories, in percent.
+
+        Args:
+            result: The answer from memories.
+            question: What was asked.
+            texts: What the memories were made of.
 
         Raises:
             ValueError: The decoder did not say what the router looks at.
         """
-        values = features(result, lookahead=self.lookahead, with_state=self.with_state)
+        values = features(
+            result, question, texts, lookahead=self.lookahead, with_state=self.with_state
+        )
         if len(values) != len(self.weights):
             raise ValueError(
                 f"The router weighs {len(self.weights)} features, the decoder gives {len(values)}. "
@@ -98,14 +113,23 @@ class Router:
             ) from error
 
 
-def features(result: DecodeResult, *, lookahead: int, with_state: bool) -> np.ndarray:
+def features(
+    result: DecodeResult,
+    question: str,
+    texts: Sequence[str],
+    *,
+    lookahead: int,
+    with_state: bool,
+) -> np.ndarray:
     """Return what a router looks at, `(features,)`.
 
     The first four are the log-probability of the first token; the mean and the least of the first
-    `lookahead` tokens; and the share of `lookahead` that the answer fills. The state follows.
+    `lookahead` tokens; and the share of `lookahead` that the answer fills. Then three shares of the
+    opening's words that stand in the texts: of all, of those that the question does not have, and
+    of names and numbers (`grounding`). The state follows.
 
     Raises:
-        ValueError: The result has no log-probabilities, or no state and one is wanted.
+        ValueError: The result has no log-probabilities, no opening, or no state and one is wanted.
     """
     seen = list(result.token_logprobs[:lookahead])
     if not seen:
@@ -113,12 +137,48 @@ def features(result: DecodeResult, *, lookahead: int, with_state: bool) -> np.nd
             "The decoder gave no token log-probabilities, so nobody knows how sure it was. Use one "
             "that does, such as TorchDecoder, or leave the fallback off."
         )
-    confidence = np.array([seen[0], sum(seen) / len(seen), min(seen), len(seen) / lookahead])
+    if result.opening is None:
+        raise ValueError(
+            "The decoder gave no opening of its answer, which routers look at. Ask with "
+            "DecodeRequest(lookahead=...) and a decoder that gives it, such as TorchDecoder."
+        )
+    confidence = [seen[0], sum(seen) / len(seen), min(seen), len(seen) / lookahead]
+    looked_at = np.array(confidence + grounding(result.opening, question, texts))
     if not with_state:
-        return confidence
+        return looked_at
     if result.prompt_state is None:
         raise ValueError(
             "The decoder gave no prompt state, which this router looks at. Use TorchDecoder, or "
-            "calibrate a router on confidence alone: softrag eval --calibrate --no-state."
+            "calibrate a router without it: softrag eval --calibrate --no-state."
         )
-    return np.concatenate([confidence, result.prompt_state.double().numpy()])
+    return np.concatenate([looked_at, result.prompt_state.double().numpy()])
+
+
+def grounding(opening: str, question: str, texts: Sequence[str]) -> list[float]:
+    """Return how much of an answer's opening stands in the texts it was read from.
+
+    Returns:
+        Shares between 0 and 1: of all words; of those that are not in the question (0.5 where there
+        are none: that says nothing); of names and numbers. An opening without words, or without
+        names and numbers, has nothing that is missing from the texts: 1.
+    """
+    known = {word for text in texts for word in _words(text)}
+    asked = set(_words(question))
+    words = _words(opening)
+    names = [word for word in _WORD.findall(opening) if word[0].isupper() or word[0].isdigit()]
+    return [
+        _share(words, known, 1.0),
+        _share([word for word in words if word not in asked], known, 0.5),
+        _share([word.casefold() for word in names], known, 1.0),
+    ]
+
+
+_WORD = re.compile(r"\w+")
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _share(words: Sequence[str], known: set[str], otherwise: float) -> float:
+    return sum(word in known for word in words) / len(words) if words else otherwise

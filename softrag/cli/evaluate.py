@@ -58,6 +58,7 @@ class _Plan:
     max_new_tokens: int
     with_compressor: bool
     with_state: bool
+    lookahead: int
     quiet: bool
 
 
@@ -130,7 +131,7 @@ def evaluate(
         write_report,
     )
     from softrag.evaluation import read_questions
-    from softrag.router import Router
+    from softrag.router import LOOKAHEAD, Router
 
     wanted = _parse_modes(modes)
     both = {"text", "memory"} <= set(wanted)
@@ -163,6 +164,7 @@ def evaluate(
         # Its tokenizer measures the chunks of files.
         with_compressor="memory" in wanted or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
+        lookahead=router.lookahead if router else LOOKAHEAD if calibrate else 0,
         quiet=json,
     )
     hush_transformers()
@@ -194,7 +196,7 @@ def evaluate(
     calibration = refusal = None
     if calibrate is not None:
         try:
-            calibration = _calibrate(comparison, first, budget=budget, with_state=state)
+            calibration = _calibrate(comparison, first, plan, budget=budget, with_state=state)
             calibration.router.save(calibrate)
         except ValueError as error:  # the answers took long: they are shown before it is raised
             refusal = error
@@ -373,6 +375,7 @@ def _rows(questions: Sequence[Question], first: LoadedModel, plan: _Plan) -> lis
                 batch_size=plan.batch_size,
                 max_new_tokens=plan.max_new_tokens,
                 with_state=plan.with_state,
+                lookahead=plan.lookahead,
                 on_answers=lambda name, n: progress.update(task, description=name, advance=n),
             )
     return rows
@@ -418,7 +421,7 @@ def _with_fallback(comparison: Comparison, router: Router, model: LoadedModel) -
 
     router.check(model.decoder.fingerprint)
     routed = [
-        fall_back(row, text, router)
+        fall_back(row, text, router, comparison.questions)
         for row in comparison.rows
         if row.mode == "memory" and (text := comparison.text_of(row)) is not None
     ]
@@ -426,9 +429,10 @@ def _with_fallback(comparison: Comparison, router: Router, model: LoadedModel) -
 
 
 def _calibrate(
-    comparison: Comparison, model: LoadedModel, *, budget: float, with_state: bool
+    comparison: Comparison, model: LoadedModel, plan: _Plan, *, budget: float, with_state: bool
 ) -> Calibration:
     from softrag.comparison import calibrate
+    from softrag.question_set import texts_of
 
     memory = next(row for row in comparison.rows if row.mode == "memory")
     text = comparison.text_of(memory)
@@ -436,10 +440,13 @@ def _calibrate(
     metric = "judge" if "judge" in memory.scores else "f1"
     return calibrate(
         memory.results,
+        questions=[question.question for question in comparison.questions],
+        texts=[texts_of(question) for question in comparison.questions],
         memory=memory.scores[metric],
         text=text.scores[metric],
         fingerprint=model.decoder.fingerprint,
         budget=budget,
+        lookahead=plan.lookahead,
         with_state=with_state,
         seed=comparison.seed,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.decoder import DecodeResult
 from softrag.extras import load_extra
-from softrag.router import Router, features
+from softrag.router import LOOKAHEAD, N_WITHOUT_STATE, Router, features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +56,23 @@ class Calibration:
 def calibrate(
     results: Sequence[DecodeResult],
     *,
+    questions: Sequence[str],
+    texts: Sequence[Sequence[str]],
     memory: np.ndarray,
     text: np.ndarray,
     fingerprint: str,
     budget: float = 0.2,
-    lookahead: int = 8,
+    lookahead: int = LOOKAHEAD,
     with_state: bool = True,
     seed: int = 0,
 ) -> Calibration:
     """Fit a router for a budget of answers from text, and measure it on held-out halves.
 
     Args:
-        results: Answers from memories, with token log-probabilities and, unless `with_state` is
-            false, prompt states.
+        results: Answers from memories, with token log-probabilities, openings of `lookahead`
+            tokens and, unless `with_state` is false, prompt states.
+        questions: What was asked.
+        texts: Of the documents that were read, for each question.
         memory: Quality of those answers, `(questions,)` in percent.
         text: Quality of the answers from text.
         fingerprint: Of the compressor.
@@ -90,7 +94,10 @@ def calibrate(
             f"{(gain <= 0).sum()} not; a router needs 10 of each at least. Calibrate on more."
         )
     looks = np.stack(
-        [features(each, lookahead=lookahead, with_state=with_state) for each in results]
+        [
+            features(result, question, read, lookahead=lookahead, with_state=with_state)
+            for result, question, read in zip(results, questions, texts, strict=True)
+        ]
     )
     order = np.random.default_rng(seed).permutation(len(gain))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
@@ -127,10 +134,12 @@ def _fit(looks: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, float]:
     """Return weights and bias of a ridge regression of what text is better by.
 
     To rank questions by the expected gain is what spends a budget best. The strength of the penalty
-    is the one that leave-one-out errors favour.
+    is the one that leave-one-out errors favour; it is a hundredth for what is not the state, whose
+    hundreds of values would drown the few others.
     """
     linear: Any = load_extra("sklearn.linear_model", extra="eval", purpose="Calibration")
     mean, scale = looks.mean(0), looks.std(0) + 1e-6
+    scale[:N_WITHOUT_STATE] /= 10
     model = linear.RidgeCV(alphas=np.logspace(0, 6, 13))
     model.fit((looks - mean) / scale, gain)
     weights = model.coef_ / scale

@@ -110,6 +110,7 @@ def answer_rows(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     with_state: bool = False,
+    lookahead: int = 0,
     on_answers: Callable[[str, int], None] | None = None,
 ) -> Iterator[Row]:
     """Answer the same questions from the same documents in several ways, and yield the rows.
@@ -122,7 +123,8 @@ def answer_rows(
             only the first for a query-dependent model, which stores none.
         batch_size: Questions answered together.
         max_new_tokens: Most tokens of an answer.
-        with_state: Whether mode "memory" brings what a router looks at.
+        with_state: Whether mode "memory" brings the state that a router may look at.
+        lookahead: First tokens of whose text mode "memory" brings, for a router.
         on_answers: Called with the row's name and the number of new answers.
     """
     distinct = {text for question in questions for text in texts_of(question)}
@@ -144,6 +146,7 @@ def answer_rows(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 with_state=with_state and mode == "memory",
+                lookahead=lookahead if mode == "memory" else 0,
                 on_answers=None if on_answers is None else _named(on_answers, name),
             )
             stored = {
@@ -164,15 +167,17 @@ def answer_rows(
             )
 
 
-def fall_back(memory: Row, text: Row, router: Router) -> Row:
+def fall_back(memory: Row, text: Row, router: Router, questions: Sequence[Question]) -> Row:
     """Return the row that memories with a fallback to text give, from both rows' answers.
 
     Raises:
         ValueError: The memories' results lack what the router looks at.
     """
-    from_text = np.array(
-        [router.prefers_text(router.score(result)) for result in memory.results], dtype=bool
-    )
+    scores = [
+        router.score(result, question.question, texts_of(question))
+        for result, question in zip(memory.results, questions, strict=True)
+    ]
+    from_text = np.array([router.prefers_text(score) for score in scores], dtype=bool)
     share = float(from_text.mean())
     return Row(
         name=f"{memory.name} + fallback",

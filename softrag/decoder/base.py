@@ -25,6 +25,7 @@ class DecodeRequest:
         temperature: 0.0 takes the likeliest token; above it tokens are sampled.
         seed: Makes sampling repeatable; None for a new one each time.
         with_state: Whether the result brings `prompt_state`.
+        lookahead: Of so many first tokens the result brings the text as `opening`; 0: none.
     """
 
     question: str
@@ -34,6 +35,7 @@ class DecodeRequest:
     temperature: float = 0.0
     seed: int | None = None
     with_state: bool = False
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers, and that `stop` is no bare string."""
@@ -61,6 +63,7 @@ class DecodeResult:
             not say.
         prompt_state: `(hidden,)`, the prompt's last token halfway through the decoder's layers,
             in float32 on the CPU; None unless asked for, or from a decoder that cannot say.
+        opening: What the answer's first tokens spell; None unless asked for.
     """
 
     text: str
@@ -71,6 +74,7 @@ class DecodeResult:
     finish_reason: Literal["stop", "length"]
     token_logprobs: Sequence[float] = ()
     prompt_state: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    opening: str | None = None
 
 
 class Decoder(Protocol):

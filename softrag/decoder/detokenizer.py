@@ -44,11 +44,15 @@ class Detokenizer:
         """Return what was held back: no more tokens come."""
         return "" if self.stopped else self._emit(self._decode())
 
-    def _decode(self) -> str:
+    def opening(self, count: int) -> str | None:
+        """Return what the first tokens spell, whatever comes after them; None for none."""
+        return self._decode(count) if count else None
+
+    def _decode(self, count: int | None = None) -> str:
         # All ids each time: what one token spells depends on its neighbours (leading spaces,
         # bytes of a character), and a few hundred ids take microseconds.
         text = self._tokenizer.decode(
-            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 

@@ -124,4 +124,5 @@ class Row:
             finish_reason="stop" if self.finish_reason == "stop" else "length",
             token_logprobs=tuple(self._logprobs),
             prompt_state=self.prompt_state,
+            opening=self._detokenizer.opening(self.request.lookahead),
         )

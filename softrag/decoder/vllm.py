@@ -336,4 +336,5 @@ class _Answer:
             first_token_s=self._first_token_s,
             finish_reason="stop" if self.finish_reason == "stop" else "length",
             token_logprobs=tuple(self._logprobs),
+            opening=self._detokenizer.opening(self.request.lookahead),
         )

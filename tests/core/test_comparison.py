@@ -161,19 +161,22 @@ def test_differences_are_to_the_text_of_the_same_model():
 
 
 def test_a_fallback_takes_texts_answers_and_pays_for_both():
-    sure, doubtful = result("sure", logprob=-0.1), result("doubtful", logprob=-9.0)
+    sure, doubtful = (
+        replace(result(text, logprob=logprob), opening="x")
+        for text, logprob in (("sure", -0.1), ("doubtful", -9.0))
+    )
     memory = row("memory", [1, 0, 1, 0], results=[sure, doubtful, sure, doubtful])
     text = row("text", [1, 1, 0, 0], results=[result(f"text {n}", prompt=90) for n in range(4)])
     router = Router(
         fingerprint="f",
         threshold=5.0,
         lookahead=1,
-        weights=[-1.0, 0.0, 0.0, 0.0],
+        weights=[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
         bias=0.0,
         with_state=False,
     )
 
-    routed = fall_back(memory, text, router)
+    routed = fall_back(memory, text, router, [question(n) for n in range(4)])
 
     assert [each.text for each in routed.results] == ["sure", "text 1", "sure", "text 3"]
     assert routed.scores["f1"].tolist() == [100.0, 100.0, 100.0, 0.0]
@@ -192,23 +195,33 @@ def answered(n: int, *, told: bool) -> tuple[list[DecodeResult], np.ndarray, np.
         replace(
             result(logprob=float(-2 * (fail if told else generator.random()) - generator.random())),
             prompt_state=torch.from_numpy(generator.normal(size=5)),
+            opening="x",
         )
         for fail in fails
     ]
     return results, 100.0 * ~fails, np.full(n, 100.0)
 
 
+def of(results: list[DecodeResult]) -> dict:
+    """What `calibrate` is told of questions that are all the same."""
+    return {
+        "questions": ["Who?"] * len(results),
+        "texts": [["He."]] * len(results),
+        "fingerprint": "f",
+    }
+
+
 def test_a_router_finds_what_confidence_tells(loaded):
     results, memory, text = answered(400, told=True)
 
-    found = calibrate(results, memory=memory, text=text, fingerprint="f", budget=0.2)
+    found = calibrate(results, memory=memory, text=text, budget=0.2, **of(results))
 
     assert found.recovered.mean > 0.9
     assert found.routed.mean == pytest.approx(
         found.memory.mean + found.recovered.mean * (found.text.mean - found.memory.mean)
     )
     assert 0.15 < found.from_text.mean() < 0.25
-    scores = [found.router.score(each) for each in results]
+    scores = [found.router.score(each, "Who?", ["He."]) for each in results]
     assert np.mean([found.router.prefers_text(score) for score in scores]) == pytest.approx(
         0.2, abs=0.01
     )
@@ -227,14 +240,27 @@ def test_what_a_router_is_worth_is_measured_on_questions_it_has_not_seen():
         for each, state in zip(results, noise, strict=True)
     ]
 
-    found = calibrate(results, memory=memory, text=text, fingerprint="f", budget=0.2)
+    found = calibrate(results, memory=memory, text=text, budget=0.2, **of(results))
 
     assert found.recovered.low < 0.2
 
 
+def test_a_router_finds_what_the_texts_tell():
+    results, memory, text = answered(400, told=False)
+    results = [
+        replace(each, opening="Ada" if right else "Bob")
+        for each, right in zip(results, memory, strict=True)
+    ]
+    options = of(results) | {"texts": [["Ada wrote it."]] * 400}
+
+    found = calibrate(results, memory=memory, text=text, budget=0.2, **options)
+
+    assert found.recovered.mean > 0.8
+
+
 def test_calibration_is_repeatable_and_needs_questions_to_learn_from():
     results, memory, text = answered(100, told=True)
-    options = {"memory": memory, "text": text, "fingerprint": "f", "with_state": False}
+    options = {"memory": memory, "text": text, "with_state": False, **of(results)}
 
     assert calibrate(results, **options).router == calibrate(results, **options).router
     assert calibrate(results, **options).router.weights != (
@@ -381,7 +407,7 @@ def test_the_page_holds_table_plots_and_examples(tmp_path):
     memory = row("memory", right, results=results, stored_bytes=500.0)
     comparison = Comparison(questions=[question(n) for n in range(60)], rows=[text, memory])
     calibration = calibrate(
-        results, memory=memory.scores["f1"], text=text.scores["f1"], fingerprint="f"
+        results, memory=memory.scores["f1"], text=text.scores["f1"], **of(results)
     )
 
     write_report(comparison, tmp_path / "r.html", title="mine", calibration=calibration)

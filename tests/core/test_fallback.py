@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from softrag.decoder import DecodeResult
+from softrag.decoder import DecodeRequest, DecodeResult
 from softrag.documents import Document
 from softrag.engine import SoftRAG
 from softrag.errors import MemoryMismatchError, UnreadableFileError
-from softrag.router import Router, features
+from softrag.router import Router, features, grounding
 from tests.checkpoints import build_checkpoint
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
@@ -51,7 +51,7 @@ def router(engine: SoftRAG, *, threshold: float = 0.5, lookahead: int = 3) -> Ro
         fingerprint=engine.decoder.fingerprint,
         threshold=threshold,
         lookahead=lookahead,
-        weights=[-0.2, -0.1, 0.0, 0.1, *state.tolist()],
+        weights=[-0.2, -0.1, 0.0, 0.1, 0.0, 0.0, 0.0, *state.tolist()],
         bias=0.0,
         with_state=True,
     )
@@ -185,7 +185,7 @@ def test_a_saved_router_decides_as_before(engine, tmp_path):
             Router.load(file)
 
 
-def test_features_are_first_mean_least_and_length_then_the_state():
+def test_features_are_confidence_and_grounding_then_the_state():
     result = DecodeResult(
         text="x",
         prompt_tokens=3,
@@ -195,11 +195,61 @@ def test_features_are_first_mean_least_and_length_then_the_state():
         finish_reason="stop",
         token_logprobs=(-1.0, -2.0, -6.0),
         prompt_state=torch.tensor([7.0, 8.0]),
+        opening="The Nile",
     )
 
-    assert features(result, lookahead=2, with_state=False).tolist() == [-1.0, -1.5, -2.0, 1.0]
-    assert features(result, lookahead=6, with_state=True).tolist() == [-1, -3, -6, 0.5, 7, 8]
+    def look(result, lookahead, *, with_state):
+        asked = "Which is the longest?", ["The Amazon is long.", "So is the Nile"]
+        return features(result, *asked, lookahead=lookahead, with_state=with_state).tolist()
+
+    assert look(result, 2, with_state=False) == [-1.0, -1.5, -2.0, 1.0, 1.0, 1.0, 1.0]
+    assert look(result, 6, with_state=True) == [-1, -3, -6, 0.5, 1, 1, 1, 7, 8]
     with pytest.raises(ValueError, match="no prompt state"):
-        features(replace(result, prompt_state=None), lookahead=2, with_state=True)
+        look(replace(result, prompt_state=None), 2, with_state=True)
     with pytest.raises(ValueError, match="no token log-probabilities"):
-        features(replace(result, token_logprobs=()), lookahead=2, with_state=False)
+        look(replace(result, token_logprobs=()), 2, with_state=False)
+    with pytest.raises(ValueError, match="no opening"):
+        look(replace(result, opening=None), 2, with_state=False)
+
+
+@pytest.mark.parametrize(
+    ("opening", "all_words", "new_words", "names"),
+    [
+        ("Thomas Parnell began it", 0.75, 1.0, 1.0),
+        ("thomas parnell", 1.0, 1.0, 1.0),
+        ("John Mainstone in 1927", 0.5, 1 / 3, 1 / 3),
+        ("it", 1.0, 0.5, 1.0),
+        ("…", 1.0, 0.5, 1.0),
+    ],
+)
+def test_grounding_is_how_much_of_an_opening_stands_in_the_texts(
+    opening, all_words, new_words, names
+):
+    texts = ["Professor Thomas Parnell in Queensland", "The pitch drop experiment: it ran in 1927."]
+
+    found = grounding(opening, "Who began it in Queensland?", texts)
+
+    assert found == pytest.approx([all_words, new_words, names])
+
+
+@pytest.mark.parametrize("lookahead", [1, 3, 40])
+def test_an_opening_is_what_the_first_tokens_spell_alone_and_in_a_longer_answer(engine, lookahead):
+    request = DecodeRequest(question=QUESTIONS[0], max_new_tokens=12, lookahead=lookahead)
+    short = replace(request, max_new_tokens=min(lookahead, 12))
+
+    whole, opened = (engine.decoder.generate([each])[0] for each in (request, short))
+
+    assert whole.opening == opened.opening == opened.text
+    assert whole.text.startswith(opened.text)
+    assert engine.decoder.generate([replace(request, lookahead=0)])[0].opening is None
+
+
+def test_a_router_that_looks_at_words_alone_doubts_what_no_text_says(engine, with_router):
+    words = replace(
+        router(engine, threshold=-0.5), weights=[0, 0, 0, 0, -1.0, 0, 0], with_state=False
+    )
+    with_router(words)
+
+    for answer in engine.ask_many(QUESTIONS, **OPTIONS):
+        assert -1.0 <= answer.fallback_score <= 0.0
+        assert answer.mode == ("text" if answer.fallback_score >= -0.5 else "memory")
