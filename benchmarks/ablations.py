@@ -273,16 +273,16 @@ def _lines(row: dict, sets: list[str]) -> Iterator[str]:
 
 
 def carry_out(
-    runs: dict[str, Planned], machine: Machine, gpus: int, stop_after: float | None
+    runs: dict[str, Planned], machine: Machine, gpus: int, together: int, stop_after: float | None
 ) -> bool:
     """Carry out what has no row yet; tell whether every run has a good one in the end."""
     began = time.monotonic()
-    free = list(range(gpus))
+    free = [gpu for gpu in range(gpus) for _ in range(together)]
     names = list(runs)
     waiting = [run for name, run in runs.items() if name not in good_rows(machine.out)]
     failed: set[str] = set()
     running: dict[Future[dict], tuple[Planned, list[int]]] = {}
-    with ThreadPoolExecutor(max_workers=gpus) as pool:
+    with ThreadPoolExecutor(max_workers=gpus * together) as pool:
         while True:
             for run in list(waiting):
                 wanted = needs(run, runs)
@@ -297,9 +297,9 @@ def carry_out(
                     waiting.remove(run)
                     failed.add(run.name)
                 elif wanted <= set(good_rows(machine.out)):
-                    if run.gpus > len(free):
+                    taken = take(free, run.gpus)
+                    if taken is None:
                         break  # It is this one's turn; what stands behind it waits too.
-                    taken = [free.pop(0) for _ in range(run.gpus)]
                     print(f"{run.name}: started on {taken}", flush=True)
                     running[pool.submit(machine.carry_out, run, names, taken)] = (run, taken)
                     waiting.remove(run)
@@ -316,6 +316,16 @@ def carry_out(
                     failed.add(run.name)
                 print(f"{run.name}: {row['failed'] or 'done'} in {row['seconds']} s", flush=True)
     return not failed
+
+
+def take(free: list[int], count: int) -> list[int] | None:
+    """Take places on so many different GPUs, the least busy first; None: they are not there."""
+    gpus = sorted(set(free), key=lambda gpu: (-free.count(gpu), gpu))[:count]
+    if len(gpus) < count:
+        return None
+    for gpu in gpus:
+        free.remove(gpu)
+    return gpus
 
 
 def build_tiny(folder: Path) -> Path:
@@ -345,6 +355,7 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--texts", nargs="+", default=[], help="what {texts} stands for")
     parser.add_argument("--questions", nargs="+", default=[], help="what {questions} stands for")
     parser.add_argument("--qa-dev", nargs="+", default=[], help="what {dev} stands for, scored on")
@@ -366,7 +377,7 @@ def main() -> int:
         tiny=build_tiny(options.out / "tiny") if options.dry else None,
         commit=subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip(),
     )
-    return 0 if carry_out(runs, machine, options.gpus, options.stop_after) else 1
+    return 0 if carry_out(runs, machine, options.gpus, options.together, options.stop_after) else 1
 
 
 def choose(runs: dict[str, Planned], names: Sequence[str], seed: int | None) -> dict[str, Planned]:

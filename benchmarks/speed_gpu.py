@@ -499,7 +499,7 @@ def main() -> None:
     parser.add_argument("--parts", default=ALL)
     parser.add_argument("--inside", action="store_true", help="in this very process")
     parser.add_argument("--no-capture", action="store_true")
-    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[16384, 8192, 32768, 65536])
+    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[16896, 16384, 33792])
     parser.add_argument("--preset", default="qwen3-8b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--documents", type=int, default=4096)

@@ -242,7 +242,7 @@ class SoftRAGModel(PreTrainedModel):
         save_directory: str | Path,
         *,
         storage: str = "full",
-        max_shard_size: int = 14_900_000,
+        max_shard_size: int = 14_700_000,
         push_to_hub: bool = False,
         repo_id: str | None = None,
     ) -> None:

@@ -44,9 +44,21 @@ def test_every_run_of_a_shipped_plan_composes(ablations: ModuleType, plan: Path)
 
         assert isinstance(options, {"pretrain": Pretrain, "finetune": Finetune}[run.stage])
         assert options.optimizer.minutes == run.minutes
-        assert options.model == (None if run.model is None else f"out/{run.model}")
+        assert options.model == (f"out/{run.model}" if run.model in runs else run.model)
         if run.stage == "pretrain":
             assert options.data.train == ["a.jsonl", "b.jsonl"]
+
+
+def test_runs_share_gpus_and_the_least_busy_is_taken_first(ablations: ModuleType) -> None:
+    free = [0, 0, 1, 1]
+
+    assert ablations.take(free, 1) == [0]
+    assert ablations.take(free, 1) == [1]
+    assert ablations.take(free, 2) == [0, 1]
+    assert ablations.take(free, 1) is None
+    free = [0, 0]
+    assert ablations.take(free, 2) is None
+    assert free == [0, 0]
 
 
 def test_several_gpus_are_used_through_torchs_launcher(ablations: ModuleType) -> None:
@@ -115,7 +127,7 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_repeated(
     on.out.mkdir()
 
     assert build_family("Llama").is_dir()
-    assert not ablations.carry_out(runs, on, gpus=2, stop_after=None)
+    assert not ablations.carry_out(runs, on, gpus=2, together=1, stop_after=None)
 
     rows = [json.loads(line) for line in (on.out / "rows.jsonl").read_text().splitlines()]
     by_name = {row["name"]: row for row in rows}
@@ -128,6 +140,6 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_repeated(
     table = (on.out / "table.md").read_text()
     assert "| broken | 0 | failed: training" in table
     assert "| sound | 0 | 1.0, 1 | 1 |" in table
-    assert not ablations.carry_out(runs, on, gpus=2, stop_after=None)
+    assert not ablations.carry_out(runs, on, gpus=2, together=1, stop_after=None)
     again = [json.loads(line) for line in (on.out / "rows.jsonl").read_text().splitlines()]
     assert [row["name"] for row in again[len(rows) :]] == ["broken"]
