@@ -23,7 +23,7 @@ def run_demo(name: str) -> str:
     done = subprocess.run(
         [sys.executable, f"demos/{name}"],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(map(str, SOURCES))},
+        env={**os.environ, "COLUMNS": "400", "PYTHONPATH": os.pathsep.join(map(str, SOURCES))},
         capture_output=True,
         text=True,
         timeout=300,
