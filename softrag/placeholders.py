@@ -69,7 +69,8 @@ class Windows:
         step = torch.arange(self.members.shape[1], device=values.device)
         beyond = (step >= self.count[:, None])[..., None]
         total = picked.masked_fill(beyond, 0.0).sum(1)
-        return total / self.count.clamp_min(1)[:, None].to(values.dtype)
+        # Autocast sums in float32 on a GPU, and leaves it at that.
+        return (total / self.count.clamp_min(1)[:, None]).to(values.dtype)
 
 
 class Placeholders(NamedTuple):
