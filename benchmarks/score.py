@@ -25,9 +25,10 @@ def score(
     modes: list[str],
     limit: int,
     batch_size: int,
+    dtype: str = "auto",
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
-    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size)
+    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype)
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for file in files:
         questions = read_questions(file, limit)
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["memory"])
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=320)
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     score(
         options.checkpoint,
@@ -60,6 +62,7 @@ def main() -> None:
         modes=options.modes,
         limit=options.limit,
         batch_size=options.batch_size,
+        dtype=options.dtype,
     )
 
 
