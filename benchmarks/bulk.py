@@ -7,6 +7,10 @@ the embedder random weights in the shape of all-MiniLM-L6-v2. Documents are cut 
 and numbered, so that none is like another. Where no Qdrant server runs, `--store sink` stands in
 for one: a process that takes every request over HTTP and writes its body to a file. That measures
 all that workers do, and nothing of what a server does.
+
+Cases run in the order given, as often as they are given: `--cases 2x3 1x3 2x3 1x3` tells the
+difference between two from the spread of each. A case has `--documents` for each of its GPUs: as
+many shares for a worker, whatever the number of GPUs.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ import logging
 import multiprocessing
 import os
 import platform
+import shutil
+import statistics
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,12 +45,14 @@ from softrag.text import clean_text
 
 DEMO = Path(softrag.__file__).parent / "demo"
 TOKENS = 128
+# Of each connection's file in the sink.
+SINK_FILE_BYTES = 256 * 2**20
 
 
 def main() -> None:
     """Build the model, measure each case, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=12_000)
+    parser.add_argument("--documents", type=int, default=30_000, help="For each GPU of a case.")
     parser.add_argument("--tiny", action="store_true", help="A toy model, to try the script.")
     parser.add_argument("--cases", nargs="+", default="1x3 2x3 1x1 2x1 alone folder".split())
     parser.add_argument("--seconds", type=float, help="Begin no case later than this.")
@@ -53,6 +62,7 @@ def main() -> None:
     # The sink is on this machine, whatever proxy leads out of it.
     os.environ["NO_PROXY"] = "127.0.0.1"
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
@@ -61,6 +71,7 @@ def main() -> None:
                 say(f"{case}: left out, {options.seconds:.0f} s are over")
                 continue
             bench.measure(case)
+        bench.say_spread()
 
 
 class Bench:
@@ -71,9 +82,14 @@ class Bench:
         self.options = options
         self.gpus = torch.cuda.device_count()
         self.results: list[dict] = []
+        self.values: dict[str, list[float]] = {}  # of all runs, by what was measured
         started = time.perf_counter()
         self.checkpoint = build_checkpoint(folder, tiny=options.tiny)
-        self.documents = write_documents(folder / "documents.jsonl", options.documents)
+        # By the number of GPUs that share them.
+        self.documents = {
+            gpus: write_documents(folder / f"documents-{gpus}.jsonl", gpus * options.documents)
+            for gpus in {gpus_of(case) for case in options.cases}
+        }
         say(f"model and documents made in {time.perf_counter() - started:.0f} s")
 
     def measure(self, case: str) -> None:
@@ -81,17 +97,19 @@ class Bench:
         if case == "alone":
             self.note("compressing alone, one GPU", self.compress_alone(), "documents/s")
             return
-        gpus, each = (1, 3) if case == "folder" else map(int, case.split("x"))
+        gpus, each = gpus_of(case), 3 if case == "folder" else int(case.split("x")[1])
         if gpus > max(1, self.gpus):
             say(f"{case}: only {self.gpus} GPUs here, left out")
             return
         stop = None
-        documents = self.documents
+        documents = self.documents[gpus]
+        # A store of its own for every run: the next one would find its chunks stored already.
+        place = Path(tempfile.mkdtemp(prefix=f"{case}-", dir=self.folder))
         if case == "folder":
-            location = str(self.folder / "store")
-            documents = write_documents(self.folder / "few.jsonl", self.options.documents // 4)
+            location = str(place / "store")
+            documents = write_documents(place / "few.jsonl", self.options.documents // 4)
         else:
-            location, stop = start_sink(self.folder / f"sink-{case}")
+            location, stop = start_sink(place)
         setup = WorkerSetup(
             checkpoint=str(self.checkpoint),
             store=StoreAddress(location=location),
@@ -103,28 +121,31 @@ class Bench:
         )
         marks: list[Progress] = []
         say(f"{case}: store at {location}")
-        loading = time.perf_counter()
+        loading, coordinator_cpu = time.perf_counter(), time.process_time()
         report = index_files(
             [documents], setup=setup, workers=gpus * each,
             on_progress=lambda now, total: marks.append(now),
         )  # fmt: skip
         assert report is not None
         loading = time.perf_counter() - loading - report.seconds
-        if stop is not None:
-            stop()
-        place = "embedded store, one writer" if case == "folder" else "HTTP sink"
-        name = f"bulk indexing, {gpus} GPU, {each} workers each, {place}"
+        coordinator_cpu = time.process_time() - coordinator_cpu
+        sink_cpu = 0.0 if stop is None else stop()
+        shutil.rmtree(place)
+        kind = "embedded store, one writer" if case == "folder" else "HTTP sink"
+        name = f"bulk indexing, {gpus} GPU, {each} workers each, {kind}"
         self.note(name, steady_rate(marks), "chunks/s")
         say(f"  {report.chunks_added} chunks in {report.seconds:.1f} s after the first began, "
             f"{report.chunks_per_second:.0f}/s over all of it; before it {loading:.0f} s; "
             f"{len(report.errors)} errors, {report.restarts} restarts")  # fmt: skip
+        say(f"  the coordinating process computed for {coordinator_cpu:.1f} s, "
+            f"the sink for {sink_cpu:.1f} s")  # fmt: skip
 
     def compress_alone(self) -> float:
         """Return documents a second of the compressor with nothing else to do."""
         device = "cuda:0" if self.gpus else "cpu"
         model = SoftRAGModel.from_pretrained(self.checkpoint, load_decoder=False, device=device)
         compressor = Compressor(model)
-        lines = self.documents.read_text().splitlines()[: self.options.documents // 3]
+        lines = self.documents[1].read_text().splitlines()[: self.options.documents // 3]
         texts = [json.loads(line)["text"] for line in lines]
         compressor.compress(texts[:512])
         started = time.perf_counter()
@@ -132,8 +153,19 @@ class Bench:
             compressor.compress(texts[start : start + 512])
         return len(texts) / (time.perf_counter() - started)
 
+    def say_spread(self) -> None:
+        """Print the lowest, middle and highest value of what was measured several times."""
+        for name, values in self.values.items():
+            if len(values) > 1:
+                say(f"{name}, {len(values)} runs: {min(values):.1f} to {max(values):.1f}, "
+                    f"median {statistics.median(values):.1f}")  # fmt: skip
+
     def note(self, name: str, value: float, unit: str) -> None:
         """Print a measure and write all of them, so that a run cut short leaves its part."""
+        values = self.values.setdefault(name, [])
+        values.append(value)
+        if len(values) > 1:
+            name = f"{name}, run {len(values)}"
         device = torch.cuda.get_device_name(0) if self.gpus else platform.machine()
         self.results.append(
             {
@@ -152,18 +184,24 @@ class Bench:
         say(f"{name}: {value:.0f} {unit}")
 
 
+def gpus_of(case: str) -> int:
+    """Return how many GPUs a case is for."""
+    return 1 if case in ("alone", "folder") else int(case.split("x")[0])
+
+
 def steady_rate(marks: list[Progress]) -> float:
     """Return chunks a second between a third of the work and nine tenths of it.
 
     Workers begin when their model is loaded, and not at the same moment; at the end some are out
-    of work.
+    of work. A line through all marks between: a mark is a share of about a thousand chunks, so that
+    the first and the last alone would be wrong by up to one share of every worker.
     """
     marks = sorted(marks, key=lambda mark: mark.seconds)
-    inner = [m for m in marks if 0.33 <= m.chunks / marks[-1].chunks <= 0.9] or marks
-    first, last = inner[0], inner[-1]
-    if first is last:
-        return last.chunks / last.seconds
-    return (last.chunks - first.chunks) / (last.seconds - first.seconds)
+    inner = [m for m in marks if 0.33 <= m.chunks / marks[-1].chunks <= 0.9]
+    if len(inner) < 2:
+        return marks[-1].chunks / marks[-1].seconds
+    chunks, seconds = [m.chunks for m in inner], [m.seconds for m in inner]
+    return 1 / statistics.linear_regression(chunks, seconds).slope
 
 
 class RandomMiniLM:
@@ -242,44 +280,77 @@ def write_documents(path: Path, count: int) -> Path:
     return path
 
 
-def start_sink(path: Path):  # noqa: ANN201 - (url, stop)
+def start_sink(folder: Path):  # noqa: ANN201 - (url, stop)
     """Start a process that takes what a Qdrant server is sent; return its URL and how to stop."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=run_sink, args=(path, theirs), daemon=True)
+    process = context.Process(target=run_sink, args=(folder, theirs), daemon=True)
     process.start()
     theirs.close()  # so that its death is noticed
     port = ours.recv()
 
-    def stop() -> None:
+    def stop() -> float:
+        """End it; return the seconds that it computed."""
+        ours.send("stop")
+        cpu = ours.recv()
         process.kill()
         process.join()
-        path.unlink(missing_ok=True)
+        return cpu
 
     return f"http://127.0.0.1:{port}", stop
 
 
-def run_sink(path: Path, pipe) -> None:  # noqa: ANN001
-    """Acknowledge everything, and write what is to be stored to a file."""
+def run_sink(folder: Path, pipe) -> None:  # noqa: ANN001
+    """Acknowledge everything, and write what is to be stored to files, one for each connection."""
     from qdrant_client import QdrantClient, models
 
     client = QdrantClient(":memory:")
     body_of: dict[str, object] = {"exists": {"exists": False}}
     done = {"operation_id": 0, "status": "completed"}
-    file = path.open("ab", buffering=0)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # An answer is sent as a whole, or its second part may wait for the first's receipt.
+        wbufsize = -1
+
+        def setup(self) -> None:
+            super().setup()
+            self.body = bytearray()
+            self.file = (folder / f"sink-{self.client_address[1]}").open("wb", buffering=0)
+
+        def finish(self) -> None:
+            super().finish()
+            self.file.close()
+
+        def receive(self) -> memoryview:
+            """Return the whole body. It lies where the last one did: new memory costs time."""
+            length = int(self.headers.get("Content-Length", 0))
+            if length > len(self.body):
+                self.body = bytearray(length)
+            body = memoryview(self.body)[:length]
+            if self.rfile.readinto(body) < length:
+                raise ConnectionError("The client hung up in the middle of a body.")
+            return body
+
+        def keep(self, body: memoryview) -> None:
+            """Write a body to the file, from the start again when the file is large.
+
+            Else a long run would measure how fast the disk takes what memory cannot hold.
+            """
+            if self.file.tell() > SINK_FILE_BYTES:
+                self.file.seek(0)
+            while body:
+                body = body[self.file.write(body) :]
 
         def do_GET(self) -> None:
-            data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            data = self.receive()
             parts = self.path.partition("?")[0].split("/")[3:]
             what = "/".join(parts)
             result: object = done
             if self.command == "PUT" and what == "points":
-                file.write(data)
+                self.keep(data)
             elif self.command == "PUT" and not what:
-                wanted = models.CreateCollection(**json.loads(data))
+                wanted = models.CreateCollection(**json.loads(bytes(data)))
                 client.create_collection("x", wanted.vectors, metadata=wanted.metadata)
                 body_of["exists"] = {"exists": True}
                 body_of[""] = client.get_collection("x").model_dump(mode="json")
@@ -291,7 +362,7 @@ def run_sink(path: Path, pipe) -> None:  # noqa: ANN001
             elif self.command == "GET":
                 result = body_of[what]
             answer = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
-            self.send_response(200)
+            self.send_response_only(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
@@ -304,8 +375,11 @@ def run_sink(path: Path, pipe) -> None:  # noqa: ANN001
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = time.process_time()
     pipe.send(server.server_port)
-    server.serve_forever()
+    pipe.recv()
+    pipe.send(time.process_time() - started)
 
 
 def say(text: str) -> None:
