@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from softrag.errors import MemoryCodecError, MemoryMismatchError, NonFiniteMemoryError
-from softrag.memory import Memory
+from softrag.memory import Memory, is_finite
 
 CODECS = ("bf16", "fp16", "int8", "fp8", "int4")
 
@@ -141,14 +141,14 @@ def encode(memory: Memory, codec: str = "bf16") -> bytes:
             f"Memory {memory.key} has values of shape {tuple(values.shape)} and {values.dtype}; "
             "expected (memory, hidden) floating point numbers, at least one of each."
         )
-    n_not_finite = int((~torch.isfinite(values)).sum())
-    if n_not_finite:
+    if not is_finite(values):
+        n_not_finite = int((~torch.isfinite(values)).sum())
         raise NonFiniteMemoryError(
             f"Memory {memory.key} has {n_not_finite} values that are NaN or infinite, so it was "
             "not encoded. Compress the document in bfloat16 or float32, and check the checkpoint."
         )
     body = form.pack(values)
-    if not torch.isfinite(form.unpack(body, *values.shape)).all():
+    if not is_finite(form.unpack(body, *values.shape)):
         raise MemoryCodecError(
             f"Memory {memory.key} has values up to {values.float().abs().max():g}, too large for "
             f"the codec {codec}. Encode it as bf16."
