@@ -28,11 +28,13 @@ from softrag.router import LOOKAHEAD
 SEEDS = range(10)
 
 
-def answer(checkpoint: str, files: list[Path], out: Path, limit: int, batch_size: int) -> None:
+def answer(
+    checkpoint: str, files: list[Path], out: Path, *, limit: int, batch_size: int, dtype: str
+) -> None:
     """Answer the files and write what a router could look at."""
     out.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
-    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size)
+    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype)
     answered = []
     states = []
     seconds = {"load": perf_counter() - started}
@@ -190,12 +192,20 @@ def main() -> None:
     first.add_argument("--out", type=Path, required=True)
     first.add_argument("--limit", type=int, default=300)
     first.add_argument("--batch-size", type=int, default=320)
+    first.add_argument("--dtype", default="auto")
     second = commands.add_parser("route")
     second.add_argument("folder", type=Path)
     second.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "answer":
-        answer(options.checkpoint, options.files, options.out, options.limit, options.batch_size)
+        answer(
+            options.checkpoint,
+            options.files,
+            options.out,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+        )
     else:
         route(options.folder, options.json)
 
