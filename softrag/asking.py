@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import NamedTuple, get_args
 
 from softrag.answer import Answer, Mode, Timings, Usage
+from softrag.checks import check_text, check_texts
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult
 from softrag.documents import Hit, document_text
@@ -125,12 +126,13 @@ def check_question(question: object) -> None:
 
     Raises:
         TypeError: It is no text.
-        ValueError: It is blank.
+        ValueError: It is blank, or no valid Unicode.
     """
     if not isinstance(question, str):
         raise TypeError(
             f"A question must be a string, found {question!r:.80}. Ask several with ask_many."
         )
+    check_text("The question", question)
     if not question.strip():
         raise ValueError("The question is blank; expected some text.")
 
@@ -153,6 +155,7 @@ def prepare(
     check_mode(mode)
     for question in questions:
         check_question(question.text)
+        check_texts("sources", question.sources, or_else=(Hit, Memory))
     started = perf_counter()
     documents: list[list[Memory | str]]
     if mode == "memory":
@@ -171,7 +174,7 @@ def prepare(
                 question=question.text,
                 documents=tuple(read),
                 max_new_tokens=decoding.max_new_tokens,
-                stop=decoding.stop or (),
+                stop=() if decoding.stop is None else decoding.stop,
                 temperature=decoding.temperature,
                 seed=decoding.seed,
                 with_state=decoding.with_state,

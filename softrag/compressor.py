@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from softrag.checks import check_count, check_texts
 from softrag.errors import EmptyDocumentError, NonFiniteMemoryError
 from softrag.memory import Memory, is_finite, memory_key
 from softrag.model import Compressed, SoftRAGModel
@@ -43,8 +44,7 @@ class Compressor:
     ) -> None:
         if batch_tokens is None:
             batch_tokens = _default_batch_tokens(model.device)
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
+        check_count("batch_tokens", batch_tokens)
         if model.compressor_tokenizer is None:
             raise ValueError("The model has no tokenizer; load it with from_pretrained.")
         self.model = model
@@ -126,13 +126,13 @@ class Compressor:
     def _check_questions(
         self, documents: Sequence[str], questions: Sequence[str] | None
     ) -> Sequence[str | None]:
-        if isinstance(documents, str):
-            raise TypeError("documents must be a sequence of texts, found one text: wrap it in [].")
+        check_texts("documents", documents)
         if self.query_dependent:
             if questions is None:
                 raise ValueError(
                     "This checkpoint compresses for a question: give one per document."
                 )
+            check_texts("questions", questions)
             if len(questions) != len(documents):
                 raise ValueError(
                     f"Found {len(questions)} questions for {len(documents)} documents; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -41,6 +42,13 @@ class Document:
             if not isinstance(value, kind):
                 expected = "a mapping" if kind is Mapping else "a string"
                 raise TypeError(f"A document's {name} must be {expected}, found {value!r:.80}.")
+        try:
+            json.dumps(dict(self.metadata))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "A document's metadata must hold strings, numbers, booleans and lists of strings, "
+                f"found {dict(self.metadata)!r:.80} ({error}). Turn the others into such: str(…)."
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

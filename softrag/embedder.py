@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from softrag.base_models import fast_dtype
+from softrag.checks import check_count, check_texts
 from softrag.errors import MissingExtraError
 from softrag.extras import load_extra
 
@@ -104,8 +105,7 @@ class MiniLMEmbedder:
         dtype: torch.dtype | None = None,
         batch_tokens: int = 4096,
     ) -> None:
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
+        check_count("batch_tokens", batch_tokens)
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
         self.batch_tokens = batch_tokens
@@ -118,12 +118,12 @@ class MiniLMEmbedder:
         Raises:
             MissingExtraError: The weights are neither installed nor reachable.
         """
-        texts = _check_texts(texts)
+        check_texts("texts", texts)
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return embeddings
         tokenizer, model = self._load()
-        rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+        rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
         for indices in _batches_of_like_length(rows, self.batch_tokens):
             embeddings[indices] = self._embed([rows[index] for index in indices], model)
         return embeddings
@@ -229,10 +229,10 @@ class SentenceTransformerEmbedder:
         Raises:
             MissingExtraError: sentence-transformers is not installed.
         """
-        texts = _check_texts(texts)
+        check_texts("texts", texts)
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        return self._embed(self._load().encode_document, texts)
+        return self._embed(self._load().encode_document, list(texts))
 
     def embed_query(self, text: str) -> np.ndarray:
         """Return the vector of a question, `(dimension,)` float32.
@@ -274,13 +274,6 @@ class _Loaded(NamedTuple):
 
     tokenizer: Tokenizer
     model: PreTrainedModel
-
-
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    # A string is a sequence of strings too, and its letters would be embedded one by one.
-    if isinstance(texts, str):
-        raise TypeError("embed_documents takes a list of texts, found one str. Write [text].")
-    return list(texts)
 
 
 def _batches_of_like_length(rows: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:

@@ -17,9 +17,9 @@ from softrag.answer import AddReport, Answer, AnswerStream, Mode
 from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, check_question, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
+from softrag.checks import check_count, check_texts
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
-from softrag.decoder.checks import check_count
 from softrag.documents import Chunk, Document, Hit
 from softrag.embedder import Embedder, check_embedder, default_embedder
 from softrag.errors import EmptyStoreError
@@ -220,7 +220,7 @@ class SoftRAG:
             show_progress: Show a progress bar.
             batch_size: Chunks per stored batch.
         """
-        if isinstance(documents, str | Document):
+        if isinstance(documents, str | Document) or not isinstance(documents, Iterable):
             documents = [documents]
         started = perf_counter()
         indexer = self._indexer()
@@ -347,8 +347,7 @@ class SoftRAG:
 
         Timings of compressing and the total are those of the whole batch.
         """
-        if isinstance(questions, str):
-            raise TypeError("questions must be several texts, found one: wrap it in [].")
+        check_texts("questions", questions)
         decoding = Decoding(max_new_tokens, stop, temperature, seed)
         found = [self._find(question, k, candidates, mode, where) for question in questions]
         prepared = self._prepare(found, mode, decoding)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from softrag.answer import AddError
+from softrag.checks import check_count
 from softrag.compressor import Compressor
 from softrag.documents import Chunk, Document, chunk_id, document_text
 from softrag.embedder import Embedder
@@ -121,8 +122,7 @@ class Indexer:
         show_progress: bool = False,
     ) -> Tally:
         """Store documents, `batch_size` chunks at a time; see `SoftRAG.add`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
+        check_count("batch_size", batch_size)
         tally = Tally()
         batch: dict[str, Chunk] = {}
         for chunk in self._chunks(documents, tally, show_progress=show_progress):
@@ -140,6 +140,11 @@ class Indexer:
         Raises:
             EmptyDocumentError: The document has no text.
         """
+        if not isinstance(document, Document):
+            raise TypeError(
+                f"Expected a softrag.Document or a text, found {document!r:.80}. Make one of "
+                "it: Document(text=…, source=…, title=…, metadata=…)."
+            )
         title, room = self._fit_title(document.title)
         text = clean_text(document.text)
         if self.compressor.cut:
@@ -184,11 +189,6 @@ class Indexer:
         for document in tqdm(documents, unit=" documents", disable=not show_progress):
             if isinstance(document, str):
                 document = Document(text=document)
-            elif not isinstance(document, Document):
-                raise TypeError(
-                    f"Expected a softrag.Document or a text, found {document!r:.80}. Make one of "
-                    "it: Document(text=…, source=…, title=…, metadata=…)."
-                )
             try:
                 chunks = self.split(document)
             except EmptyDocumentError as error:

@@ -8,6 +8,8 @@ import unicodedata
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from softrag.checks import check_count
+
 if TYPE_CHECKING:
     from semantic_text_splitter import TextSplitter
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +72,7 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
     Returns:
         The pieces in order; none for a blank text.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, found {max_tokens}.")
+    check_count("max_tokens", max_tokens)
     found = _splitter(tokenizer, max_tokens).chunk_indices(text)
     if not found:
         return []

@@ -22,7 +22,7 @@ PACKAGES = {
 # A module of the core imports from the lines above its own, and nothing else of softrag.
 CORE_LAYERS = [
     {"errors"},
-    {"extras"},
+    {"checks", "extras"},
     {
         "config",
         "connector",

@@ -17,6 +17,7 @@ from softrag.bulk.coordinator import Coordinator, Progress
 from softrag.bulk.shares import cut_shares
 from softrag.bulk.worker import Address, WorkerSetup, hush_loading, run_worker, work
 from softrag.checkpoint import locate, read_config
+from softrag.checks import check_count
 from softrag.errors import CheckpointError, StoreError
 from softrag.files import find_files, vanished
 from softrag.fingerprint import fingerprint_at_rate
@@ -78,8 +79,7 @@ def index_files(
     Raises:
         SoftRAGError: The model cannot be loaded, or the store failed. What is stored stays stored.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, found {workers}.")
+    check_count("workers", workers)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank > 0:
         hush_loading()

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from softrag.decoder.checks import check_count
+from softrag.checks import check_count, check_number, check_text, check_texts
 from softrag.memory import Memory
 
 
@@ -22,8 +22,8 @@ class DecodeRequest:
             text. Empty: the model answers from what it knows.
         max_new_tokens: Most tokens of the answer.
         stop: Strings that end the answer; they are not part of it.
-        temperature: 0.0 takes the likeliest token; above it tokens are sampled.
-        seed: Makes sampling repeatable; None for a new one each time.
+        temperature: 0.0 takes the likeliest token; above it, up to 1000, tokens are sampled.
+        seed: Makes sampling repeatable, any int64; None for a new one each time.
         with_state: Whether the result brings `prompt_state`.
         lookahead: Of so many first tokens the result brings the text as `opening`; 0: none.
     """
@@ -38,11 +38,16 @@ class DecodeRequest:
     lookahead: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers, and that `stop` is no bare string."""
+        """Check what would otherwise fail in the middle of decoding, or not at all."""
+        check_text("question", self.question)
+        check_texts("documents", self.documents, or_else=(Memory,))
         check_count("max_new_tokens", self.max_new_tokens)
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0.0 or more, found {self.temperature}.")
-        if isinstance(self.stop, str) or not all(self.stop):
+        check_number("temperature", self.temperature, least=0.0, most=1000.0)
+        if self.seed is not None:
+            check_number("seed", self.seed, least=-(2**63), most=2**63 - 1, whole=True)
+        check_number("lookahead", self.lookahead, least=0, whole=True)
+        check_texts("stop", self.stop)
+        if not all(self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, found {self.stop!r}.")
 
 

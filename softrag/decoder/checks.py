@@ -1,8 +1,7 @@
-"""What counts, memories and prompts must be before a decoder is asked. It knows no engine."""
+"""What memories and prompts must be before a decoder is asked. It knows no engine."""
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 from softrag.errors import MemoryMismatchError, NonFiniteMemoryError
@@ -10,23 +9,6 @@ from softrag.memory import Memory, is_finite
 
 if TYPE_CHECKING:
     from softrag.decoder.base import DecodeRequest
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what does not say how many, before anything is made of it.
-
-    Args:
-        name: Of the argument.
-        value: What was given for it.
-
-    Raises:
-        TypeError: It is no whole number.
-        ValueError: It is below 1.
-    """
-    if not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, found {value!r:.80}. Give an int.")
-    if int(value) < 1:
-        raise ValueError(f"{name} must be at least 1, found {value}.")
 
 
 def check_memory(memory: Memory, *, fingerprint: str, width: int) -> None:

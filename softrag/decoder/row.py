@@ -56,7 +56,7 @@ class Row:
         if request.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(request.seed)
+            self._random.manual_seed(int(request.seed))
 
     @property
     def done(self) -> bool:

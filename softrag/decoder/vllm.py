@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from softrag.checks import check_count
 from softrag.decoder.base import DecodeRequest, DecodeResult
 from softrag.decoder.checks import check_fits
 from softrag.decoder.detokenizer import Detokenizer
@@ -75,8 +76,7 @@ class VLLMDecoder:
     """
 
     def __init__(self, prompts: PromptBuilder, engine: Engine, *, max_concurrent: int = 64) -> None:
-        if max_concurrent < 1:
-            raise ValueError(f"max_concurrent must be at least 1, found {max_concurrent}.")
+        check_count("max_concurrent", max_concurrent)
         self.prompts = prompts
         self.engine = engine
         self._end_ids = sorted(prompts.prompt.end_ids)
@@ -267,9 +267,10 @@ class VLLMDecoder:
 
     def _sampling(self, request: DecodeRequest, tokens_per_message: int) -> dict[str, Any]:
         return {
-            "max_tokens": request.max_new_tokens,
-            "temperature": request.temperature,
-            "seed": request.seed,
+            # numpy's numbers do not travel.
+            "max_tokens": int(request.max_new_tokens),
+            "temperature": float(request.temperature),
+            "seed": None if request.seed is None else int(request.seed),
             "stop": list(request.stop),
             # What ends an answer is the checkpoint's matter, not the exported model's.
             "stop_token_ids": self._end_ids,

@@ -45,9 +45,10 @@ def _path(key: str) -> str:
     """Return the JSON path of a key."""
     if key in TOP_LEVEL:
         return key
-    if '"' in key or not key:
+    if not isinstance(key, str) or '"' in key or not key:
         raise ValueError(
-            f"Metadata key {key!r} cannot be filtered on: it is empty or has a quotation mark."
+            f"Metadata key {key!r:.80} cannot be filtered on: it must be a string, not empty and "
+            "without quotation marks."
         )
     # Quoted, because a dot or bracket in a key would otherwise lead into nested values.
     return f'metadata."{key}"'

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from softrag.checks import check_count
 from softrag.store.connection import qdrant, server_errors
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class CollectionLayout:
     vectors_on_disk: bool = False
 
     def __post_init__(self) -> None:
-        if self.shards is not None and self.shards < 1:
-            raise ValueError(f"shards must be at least 1, found {self.shards}.")
+        if self.shards is not None:
+            check_count("shards", self.shards)
         if not 1 <= self.write_consistency <= self.replicas:
             raise ValueError(
                 f"write_consistency must be between 1 and the {self.replicas} replicas, found "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softrag.checks import check_count, check_texts
 from softrag.codec import CODECS
 from softrag.documents import Chunk, Hit
 from softrag.errors import StoreError
@@ -223,6 +224,7 @@ class MemoryStore:
 
     def contains(self, ids: Ids[str]) -> set[str]:
         """Return those of `ids` that are stored, so that only the others need compressing."""
+        check_texts("ids", ids)
         by_point = {point_id(each): each for each in ids}
         return {by_point[id_of(each)] for each in self.points.retrieve(list(by_point), False)}
 
@@ -259,8 +261,7 @@ class MemoryStore:
             MemoryCodecError: A memory found is damaged.
             StoreError: The storage failed.
         """
-        if k < 1:
-            raise ValueError(f"k is at least 1, but found {k}.")
+        check_count("k", k)
         (vector,) = unit(check_embeddings(self.record, np.asarray(embedding)[None], rows=1))
         # A server's shards would each send their own k candidates with all that is asked for, so
         # the memories of the final k are fetched afterwards, if they are not here already.
@@ -279,6 +280,7 @@ class MemoryStore:
 
     def get(self, ids: Sequence[str], *, with_memories: bool = True) -> list[Hit]:
         """Return chunks by id, in the order of `ids`; unknown ids are left out."""
+        check_texts("ids", ids)
         records = self.points.retrieve([point_id(each) for each in ids], _fields(with_memories))
         hits = {id_of(r): self._hit(id_of(r), r.payload or {}) for r in records}
         return [hits[key] for each in ids if (key := point_id(each)) in hits]
@@ -311,6 +313,9 @@ class MemoryStore:
 
     def ids_of_source(self, source: str) -> set[str]:
         """Return the ids of all chunks of a source."""
+        # None would stand for all chunks that have no source, to be deleted by a slip.
+        if not isinstance(source, str):
+            raise TypeError(f"source must be a string, found {source!r:.80}.")
         return self.ids_of_sources([source])[source]
 
     def ids_of_sources(self, sources: Ids[str]) -> dict[str, set[str]]:
@@ -331,6 +336,7 @@ class MemoryStore:
 
     def memories(self, keys: Ids[str]) -> dict[str, Memory]:
         """Return memories by their key (`Memory.key`); unknown keys are left out."""
+        check_texts("keys", keys)
         models = qdrant().models
         found: dict[str, Memory] = {}
         for batch in slices(sorted(set(keys)), MAX_LOOKUP):

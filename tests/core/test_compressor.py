@@ -164,7 +164,7 @@ def test_questions_are_refused_where_they_would_be_ignored(model):
 
 
 def test_one_text_instead_of_a_list_is_refused(model):
-    with pytest.raises(TypeError, match="found one text"):
+    with pytest.raises(TypeError, match=r"documents must be a list, found 'Paris\.'"):
         Compressor(model).compress("Paris.")
 
 

@@ -226,13 +226,31 @@ def test_a_prompt_longer_than_the_decoder_reads_is_refused(decoder):
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
-        ({"stop": "\n"}, "list of non-empty"),
+        ({"temperature": float("nan")}, "temperature must be from 0.0 to 1000.0, found nan"),
+        ({"temperature": 10**400}, "temperature must be from 0.0 to 1000.0"),
+        ({"seed": 2**63}, "seed must be from -9223372036854775808 to 9223372036854775807"),
         ({"stop": [""]}, "list of non-empty"),
     ],
 )
 def test_senseless_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DecodeRequest(question="Why?", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question": None}, "question must be a string, found None"),
+        ({"documents": "Rome"}, "documents must be a list, found 'Rome'"),
+        ({"documents": [5]}, r"documents\[0\] must be of type str or Memory, found 5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, found '3'"),
+        ({"temperature": "0.5"}, "temperature must be a number, found '0.5'. Give a float"),
+        ({"stop": "\n"}, "stop must be a list"),
+    ],
+)
+def test_requests_of_another_kind_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        DecodeRequest(**{"question": "Why?", **options})
 
 
 def test_answers_do_not_change_the_adapters_meaning():

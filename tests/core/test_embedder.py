@@ -106,7 +106,7 @@ def test_no_texts_give_no_vectors_and_load_nothing():
 
 
 def test_one_string_is_not_a_list_of_texts(exact):
-    with pytest.raises(TypeError, match=r"found one str. Write \[text\]"):
+    with pytest.raises(TypeError, match=r"texts must be a list, found 'Where is Paris\?'. Put one"):
         exact.embed_documents("Where is Paris?")
 
 

@@ -223,7 +223,9 @@ def test_an_empty_store_is_an_error_that_names_the_fix(empty_engine):
     assert empty_engine.ask(QUESTION, mode="closed", max_new_tokens=2).sources == []
 
 
-@pytest.mark.parametrize(("options", "message"), [({"k": 0}, "k must be"), ({"stop": "x"}, "stop")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"k": 0}, "k must be"), ({"stop": [""]}, "stop")]
+)
 def test_senseless_arguments_are_refused(engine, options, message):
     with pytest.raises(ValueError, match=message):
         engine.ask(QUESTION, **options)
@@ -240,7 +242,7 @@ def test_a_blank_question_is_refused(engine):
     [
         (lambda engine: engine.ask(["Why?"]), "must be a string, found ['Why?']. Ask several"),
         (lambda engine: engine.ask(None, mode="closed"), "must be a string, found None"),
-        (lambda engine: engine.ask_many("Why?"), "several texts, found one: wrap it in []"),
+        (lambda engine: engine.ask_many("Why?"), "questions must be a list, found 'Why?'"),
         (lambda engine: engine.ask(QUESTION, where="lang=en"), "where must be a mapping"),
         (lambda engine: engine.add([{"text": "Rome"}]), "Expected a softrag.Document or a text"),
         (
@@ -251,6 +253,20 @@ def test_a_blank_question_is_refused(engine):
         (lambda engine: Document(text="a", metadata=None), "metadata must be a mapping"),
         (lambda engine: MemoryStore.open(None), "A store is a folder, a Qdrant URL"),
         (lambda engine: engine.retrieve(QUESTION, k=None), "k must be a whole number, found None"),
+        (lambda engine: engine.add(Path("a.txt")), "Expected a softrag.Document or a text, found"),
+        (lambda engine: engine.split("Rome"), "Expected a softrag.Document or a text"),
+        (lambda engine: engine.add("Rome", batch_size=2.5), "batch_size must be a whole number"),
+        (lambda engine: Document(text="a", metadata={"a": b"b"}), "found {'a': b'b'} (Object of"),
+        (
+            lambda engine: engine.answer_from(QUESTION, "Rome"),
+            "sources must be a list, found 'Rome'",
+        ),
+        (lambda engine: engine.answer_from(QUESTION, iter("Rome")), "make a list of an iterator"),
+        (
+            lambda engine: engine.answer_from(QUESTION, [Document(text="Rome")]),
+            "sources[0] must be of type str or Hit or Memory, found Document(text='Rome'",
+        ),
+        (lambda engine: engine.compressor.compress(["Rome", None]), "documents[1] must be of type"),
         (
             lambda engine: engine.ask(QUESTION, candidates=6.0),
             "candidates must be a whole number, found 6.0. Give an int.",
@@ -271,6 +287,16 @@ def test_arguments_of_another_kind_are_named(engine, call, message):
             {"max_new_tokens": 2.5},
             "max_new_tokens must be a whole number, found 2.5. Give an int.",
         ),
+        ({"k": True}, "k must be a whole number, found True. Give an int."),
+        ({"temperature": "0.5"}, "temperature must be a number, found '0.5'. Give a float."),
+        ({"temperature": None}, "temperature must be a number, found None. Give a float."),
+        ({"seed": 1.5}, "seed must be a whole number, found 1.5. Give an int."),
+        ({"stop": 5}, "stop must be a list, found 5. Put one in []; make a list of an iterator."),
+        (
+            {"stop": "x"},
+            "stop must be a list, found 'x'. Put one in []; make a list of an iterator.",
+        ),
+        ({"stop": ["a", 5]}, "stop[1] must be of type str, found 5."),
     ],
 )
 @pytest.mark.parametrize(
@@ -281,13 +307,39 @@ def test_arguments_of_another_kind_are_named(engine, call, message):
         lambda engine, question, **options: engine.ask_many([question], **options),
     ],
 )
-def test_every_way_to_ask_names_a_count_that_is_no_whole_number(engine, ask, options, message):
+def test_every_way_to_ask_names_what_is_of_another_kind(engine, ask, options, message):
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         ask(engine, QUESTION, **options)
 
 
-def test_counts_may_be_numpys(engine):
-    assert len(engine.ask(QUESTION, k=np.int64(2), max_new_tokens=np.int32(2)).sources) == 2
+def test_numbers_may_be_numpys(engine):
+    plain = engine.ask(QUESTION, k=2, max_new_tokens=2, temperature=0.5, seed=3)
+
+    numpys = engine.ask(
+        QUESTION,
+        k=np.int64(2),
+        max_new_tokens=np.int32(2),
+        temperature=np.float32(0.5),
+        seed=np.int64(3),
+    )
+
+    assert (numpys.text, len(numpys.sources)) == (plain.text, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda engine, text: engine.ask(text), "The question"),
+        (lambda engine, text: engine.retrieve(text), "The question"),
+        (lambda engine, text: engine.answer_from(QUESTION, [text]), r"sources\[0\]"),
+        (lambda engine, text: engine.compressor.compress([text]), r"documents\[0\]"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(engine, call, name):
+    with pytest.raises(
+        ValueError, match=rf"^{name} is no valid Unicode: .* '\\ud83d', at character 2"
+    ):
+        call(engine, "a \ud83d")
 
 
 class WordVectors:

@@ -235,7 +235,7 @@ def test_an_empty_store_finds_nothing(store: MemoryStore) -> None:
 
 
 def test_k_is_at_least_one(store: MemoryStore) -> None:
-    with pytest.raises(ValueError, match="k is at least 1, but found 0"):
+    with pytest.raises(ValueError, match="k must be at least 1, found 0"):
         store.search(np.ones(4), 0)
 
 
@@ -285,7 +285,9 @@ def test_a_qdrant_filter_is_taken_as_it_is(store: MemoryStore) -> None:
     assert store.count(models.Filter(must_not=[later])) == 3
 
 
-@pytest.mark.parametrize("where", [{"": 1}, {'a"b': 1}, {"lang": {"nested": 1}}, {"lang": b"en"}])
+@pytest.mark.parametrize(
+    "where", [{"": 1}, {1: 1}, {'a"b': 1}, {"lang": {"nested": 1}}, {"lang": b"en"}]
+)
 def test_what_cannot_be_filtered_on_is_named(store: MemoryStore, where: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="cannot be"):
         store.count(where)
@@ -370,6 +372,28 @@ def test_chunks_are_deleted_by_source(store: MemoryStore) -> None:
     assert store.delete_source("a.md") == 2
     assert store.delete_source("a.md") == 0
     assert store.sources() == {"b.md": 1}
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        # Chunks without a source are not those of the source None.
+        (lambda store: store.delete_source(None), "source must be a string, found None"),
+        (lambda store: store.delete(DELTA.id), "ids must be a list, found"),
+        (lambda store: store.get([ALPHA.id, None]), r"ids\[1\] must be of type str, found None"),
+        (lambda store: store.memories([None]), r"keys\[0\] must be of type str, found None"),
+        (lambda store: store.search(np.ones(4), "3"), "k must be a whole number, found '3'"),
+    ],
+)
+def test_a_slip_deletes_and_finds_nothing(
+    store: MemoryStore, slip: Callable[[MemoryStore], object], message: str
+) -> None:
+    add(store, *ALL)
+
+    with pytest.raises(TypeError, match=message):
+        slip(store)
+
+    assert store.count() == len(ALL)
 
 
 # What a store says of itself

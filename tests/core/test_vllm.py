@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -146,9 +147,11 @@ def test_the_models_own_end_is_no_text(decoder, server, in_process, memories, mo
     assert plain(result) == plain(in_process.generate([request])[0])
 
 
-def test_sampling_is_said_in_full(decoder, server, memories):
-    request = DecodeRequest(question="Why?", documents=memories[:1], temperature=0.5, seed=3)
-    decoder.generate([replace(request, max_new_tokens=2, stop=["."])])
+def test_sampling_is_said_in_full_in_numbers_that_travel(decoder, server, memories):
+    request = DecodeRequest(
+        question="Why?", documents=memories[:1], temperature=np.float32(0.5), seed=np.int64(3)
+    )
+    decoder.generate([replace(request, max_new_tokens=np.int64(2), stop=["."])])
 
     sent = server.requests[-1]
     assert {name: sent[name] for name in ("temperature", "seed", "max_tokens", "stop")} == {
