@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from softrag.cli.options import DEFAULT_MODEL, Codec, Collection, Grpc, Json, Model
+from softrag.cli.options import (
+    DEFAULT_MODEL,
+    Codec,
+    Collection,
+    Grpc,
+    Json,
+    Model,
+    check_store,
+)
 
 if TYPE_CHECKING:
     from softrag.store import MemoryStore
@@ -162,6 +170,7 @@ def restore(
 
 @contextmanager
 def _open(place: str, collection: str, grpc: bool) -> Iterator[MemoryStore]:
+    check_store(place)
     from softrag.store import MemoryStore
 
     with MemoryStore.open(place, collection=collection, prefer_grpc=grpc) as opened:

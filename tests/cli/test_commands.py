@@ -168,16 +168,23 @@ def test_ask_filters_by_metadata(tmp_path):
     assert "No chunk matches --where" in none.stdout
 
 
-@pytest.mark.parametrize("command", ["ask", "chat", "eval"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ask Why? --store STORE",
+        "chat --store STORE",
+        "eval QUESTIONS --store STORE",
+        "store info STORE",
+        "store migrate STORE TARGET",
+        "store snapshot STORE TARGET",
+    ],
+)
 def test_without_a_store_every_command_says_how_to_make_one_and_makes_none(tmp_path, command):
-    nowhere = tmp_path / "nowhere"
-    arguments = {
-        "ask": [QUESTION],
-        "chat": [],
-        "eval": [write_questions(tmp_path / "questions.jsonl")],
-    }
+    nowhere, target = tmp_path / "nowhere", tmp_path / "target"
+    questions = write_questions(tmp_path / "questions.jsonl")
+    places = {"STORE": nowhere, "QUESTIONS": questions, "TARGET": target}
 
-    result = run(command, *arguments[command], "--store", nowhere, store=nowhere)
+    result = run(*[places.get(word, word) for word in command.split()], store=nowhere)
 
     assert result.exit_code == 1
     assert result.stderr == (
@@ -185,6 +192,7 @@ def test_without_a_store_every_command_says_how_to_make_one_and_makes_none(tmp_p
         f"{nowhere}\n"
     )
     assert not nowhere.exists()
+    assert not target.exists()
 
 
 def test_a_store_of_another_model_is_refused(store):
