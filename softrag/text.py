@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from softrag.checks import check_count
@@ -21,7 +23,11 @@ _SPACES = re.compile(r"[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\ufeff]")
 _LONE_SURROGATES = re.compile(r"[\ud800-\udfff]")
 _INNER_BLANKS = re.compile(r"(?<=\S)[ \t]+")
-_BLANK_LINE_ENDS = re.compile(r"[ \t]+$", re.MULTILINE)
+# Looking back keeps it linear: else every blank of a long run would look for the line's end.
+_BLANK_LINE_ENDS = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)
+_SENTENCE_PART = re.compile(r"[^\s.!?\u3002\uff01\uff1f]+")
+# Characters; the splitter takes quadratic time over what it sees no border in.
+_LONG_WORD = 2000
 _MANY_NEWLINES = re.compile(r"\n{3,}")
 
 
@@ -62,7 +68,7 @@ def clean_text(text: str) -> str:
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[TextSpan]:
     """Split a text where its meaning allows: between paragraphs, else sentences, else words.
 
-    Only whitespace between the pieces is left out.
+    Only whitespace between the pieces is left out. A word of thousands of characters is cut first.
 
     Args:
         text: What to split, cleaned.
@@ -73,7 +79,12 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -
         The pieces in order; none for a blank text.
     """
     check_count("max_tokens", max_tokens)
-    found = _splitter(tokenizer, max_tokens).chunk_indices(text)
+    splitter = _splitter(tokenizer, max_tokens)
+    found = [
+        (start + offset, piece)
+        for start, end in _without_long_words(text)
+        for offset, piece in splitter.chunk_indices(text[start:end])
+    ]
     if not found:
         return []
     token_ids = tokenizer(
@@ -101,6 +112,16 @@ def memory_length(n_tokens: int, rate: int) -> int:
             f"found {n_tokens} and {rate}."
         )
     return max(1, -(-n_tokens // rate))
+
+
+def _without_long_words(text: str) -> Iterable[tuple[int, int]]:
+    """Return where the parts of a text are that end where a word becomes too long; mostly one."""
+    cuts = (
+        at
+        for part in _SENTENCE_PART.finditer(text)
+        for at in range(part.start() + _LONG_WORD, part.end(), _LONG_WORD)
+    )
+    return pairwise([0, *cuts, len(text)])
 
 
 # Building a splitter reads the whole vocabulary (0.1 to 1 s); one model needs one or two.

@@ -54,6 +54,8 @@ def random_text(seed, length=400):
         ("half \ud83d pair", "half \ufffd pair"),
         ("👩\u200d👧", "👩\u200d👧"),
         (" \n\t\u00a0\n", ""),
+        # As fast as any other text: a minute, were every blank to look for the line's end.
+        ("a" + " " * 100_000 + "b", "a b"),
         ("", ""),
     ],
 )
@@ -122,6 +124,29 @@ def test_a_word_longer_than_a_piece_is_split_inside(llama):
 
     assert "".join(span.text for span in spans) == word
     assert max(span.n_tokens for span in spans) <= 8
+
+
+@pytest.mark.parametrize("letters", ["x9", "字", "🙂", "e\u0301"])
+def test_a_word_of_thousands_of_characters_is_cut_and_nothing_lost(llama, letters):
+    word = letters * (9000 // len(letters))
+
+    spans = split_text(f"See {word}. The end.", llama, 128)
+
+    assert_nothing_is_dropped(f"See {word}. The end.", spans)
+    assert max(span.n_tokens for span in spans) <= 128
+    # Where it is cut does not depend on what stands behind it.
+    assert [span.text for span in split_text(f"See {word[:6000]}", llama, 128)][:9] == [
+        span.text for span in spans[:9]
+    ]
+
+
+def test_sentences_without_blanks_between_them_are_not_cut_inside(llama):
+    sentences = [f"第{number}話は東京の話です。" for number in range(300)]
+    longest = max(len(encode_text(llama, sentence)) for sentence in sentences)
+
+    spans = split_text("".join(sentences), llama, longest)
+
+    assert [span.text for span in spans] == sentences
 
 
 def test_a_short_text_is_one_piece_with_its_offsets(llama):
