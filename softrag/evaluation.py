@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from softrag.checks import check_text
 from softrag.documents import Document
 from softrag.errors import UnreadableFileError
 from softrag.extras import load_extra
@@ -269,9 +270,9 @@ def _question(path: Path, number: int, line: str) -> Question:
             gold=tuple(gold for _, gold in read),
             source=str(record.get("source") or name),
         )
-    except ValueError as error:  # JSON's own errors are of this kind too.
+    except (ValueError, RecursionError) as error:  # JSON's own errors are of these kinds too.
         raise UnreadableFileError(
-            f"{path}, line {number}: {error}. A question is written as "
+            f"{path}, line {number}: {str(error).rstrip('.')}. A question is written as "
             '{"question": "…", "answers": ["…"], "docs": [{"title": "…", "text": "…"}]}.'
         ) from error
 
@@ -285,6 +286,7 @@ def _document(record: object) -> tuple[Document, bool]:
     title = record.get("title")
     if not (title is None or isinstance(title, str)):
         raise _unexpected('"title" to be a string', title)
+    check_text('"title"', title or "")
     gold = bool(record.get("gold", False))
     return Document(text=_field(record, "text", str), title=title or None), gold
 
@@ -295,8 +297,10 @@ def _field(record: dict[str, Any], name: str, kind: type) -> Any:  # noqa: ANN40
     value = record[name]
     if not isinstance(value, kind):
         raise _unexpected(f'"{name}" to be a {kind.__name__}', value)
-    if isinstance(value, str) and not value.strip():
-        raise _unexpected(f'text in "{name}"', value)
+    if isinstance(value, str):
+        check_text(f'"{name}"', value)
+        if not value.strip():
+            raise _unexpected(f'text in "{name}"', value)
     return value
 
 

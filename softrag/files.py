@@ -253,7 +253,7 @@ def _from_record(path: Path, number: int, line: bytes) -> Document:
         record: Any = json.loads(line)
     except UnicodeDecodeError as error:
         raise unreadable(f"not UTF-8 (byte {error.start + 1} of the line)") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers may be too long, lists too deep
         raise unreadable(f"not JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise unreadable('expected an object with a string "text"')

@@ -74,7 +74,7 @@ def parse_where(conditions: list[str]) -> dict[str, list[str | int | float | boo
             raise typer.BadParameter(f"Expected KEY=VALUE, found {condition!r}.")
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = value
         plain = isinstance(parsed, str | int | float | bool)
         wanted.setdefault(key, []).append(parsed if plain else value)

@@ -17,8 +17,11 @@ from softrag.documents import Hit
 
 def print_json(value: Any) -> None:  # noqa: ANN401 - whatever json takes
     """Print one line of JSON on stdout."""
-    # Not through rich, which would wrap and colour it.
-    Console().file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    file = Console().file  # not through rich, which would wrap and colour it
+    try:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    except UnicodeEncodeError:  # the name of a file may be no valid Unicode
+        file.write(json.dumps(value) + "\n")
 
 
 def answer_values(question: str, answer: Answer) -> dict[str, Any]:

@@ -235,6 +235,19 @@ def test_a_blank_question_is_a_failure(store):
     assert "blank" in result.stderr
 
 
+def test_a_file_whose_name_is_no_unicode_is_answered_from_in_json_too(tmp_path):
+    file = tmp_path / "b\udcff.txt"
+    try:
+        file.write_text("Rome is the capital of Italy.")
+    except OSError:
+        pytest.skip("This file system takes valid names only.")
+    run("index", file, store=tmp_path / "store")
+
+    asked = run("ask", QUESTION, "--max-new-tokens", 1, "--json", store=tmp_path / "store")
+
+    assert json.loads(asked.stdout)["sources"][0]["source"] == str(file)
+
+
 # chat
 
 

@@ -221,6 +221,7 @@ GOOD = '{"text": "Paris"}\n'
         ("a.jsonl", '{"text": "a", "title": 3}', 'line 1: expected a string as "title", found 3'),
         ("a.jsonl", '{"text": "a", "metadata": {"b": {}}}', 'line 1: "metadata" may hold'),
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", f'{{"text": "a", "metadata": {{"b": {"9" * 5000}}}}}', "line 1: not JSON"),
     ],
 )
 def test_an_unreadable_file_is_named_with_the_reason(tmp_path, name, content, reason):
