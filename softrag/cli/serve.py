@@ -32,7 +32,7 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Answers written at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 128,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 120.0,
-    max_body_mb: Annotated[float, typer.Option(help="Largest request, in MiB.")] = 4.0,
+    max_body_mb: Annotated[float, typer.Option(max=1024, help="Largest request, in MiB.")] = 4.0,
     api_keys: Annotated[str | None, typer.Option(envvar="SOFTRAG_API_KEYS", hidden=True)] = None,
     metrics_key: Annotated[
         str | None, typer.Option(envvar="SOFTRAG_METRICS_KEY", hidden=True)

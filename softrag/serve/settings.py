@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from softrag.serve.auth import Keys
 
@@ -58,8 +59,10 @@ class ServeSettings:
             "max_body_bytes",
             "max_tokens",
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, found {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(
+                    f"{name} must be more than 0 and finite, found {getattr(self, name)}."
+                )
         if self.keys is None and self.host not in ("127.0.0.1", "::1", "localhost"):
             raise ValueError(
                 f"Without keys a server may only listen on this machine, found host {self.host!r}. "

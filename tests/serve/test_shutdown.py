@@ -98,6 +98,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path):
         (["--host", "0.0.0.0"], "Without keys a server may only listen on this machine"),
         (["--max-running", "1000"], "max_running must be 1 to 48"),
         (["--timeout", "0"], "timeout_s must be more than 0"),
+        (["--timeout", "inf"], "timeout_s must be more than 0 and finite, found inf"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_loaded(arguments, message, tmp_path):
