@@ -30,7 +30,7 @@ def qdrant() -> ModuleType:
 
 def is_url(location: str) -> bool:
     """Tell a server's URL from a folder."""
-    return location.startswith(("http://", "https://"))
+    return location.lower().startswith(("http://", "https://"))
 
 
 def connect(

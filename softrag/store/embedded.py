@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import warnings
 from pathlib import Path
@@ -41,14 +40,17 @@ def open_embedded(location: str) -> QdrantClient:
     try:
         # Threads may take turns, because `Collection.lock` makes them.
         client = library.QdrantClient(path=location, force_disable_check_same_thread=True)
-    except json.JSONDecodeError as error:
-        raise StoreError(
-            f"{manifest} is damaged ({error}). Restore the folder from a backup, or delete it and "
-            "index again."
-        ) from error
     except RuntimeError as error:
         # Another process was faster than the check above.
         raise _locked(folder) from error
+    except (sqlite3.Error, OSError, MemoryError):
+        raise
+    except Exception as error:  # on damaged files, the client raises whatever it runs into
+        place = manifest if isinstance(error, ValueError) else folder
+        raise StoreError(
+            f"{place} is damaged ({type(error).__name__}: {error}). Restore the folder from a "
+            "backup, or delete it and index again."
+        ) from error
     return client
 
 

@@ -116,6 +116,11 @@ class MemoryStore:
                 f"{location} could be a server or a folder. Write http://{location} for a server, "
                 f"./{location} for a folder."
             )
+        if "://" in location and not is_url(location):
+            raise ValueError(
+                f"{location} is neither a folder nor the URL of a Qdrant server, which begins with "
+                "http:// or https://; for gRPC, set prefer_grpc as well."
+            )
         place = f"Collection {collection!r} in {location}"
         new = None
         if fingerprint is not None and embedder is not None and dimension is not None:

@@ -38,6 +38,8 @@ def snapshot(store: MemoryStore, file: str | Path) -> int:
         raise StoreError("A store in memory cannot be kept as a file. Migrate it into a folder.")
     if not file.parent.is_dir():
         raise StoreError(f"{file} cannot be written: {file.parent} is no folder. Make it first.")
+    if file.is_dir():
+        raise StoreError(f"{file} cannot be written: it is a folder. Name a file in it.")
     with store_errors("Taking a snapshot", store.location):
         if store.points.is_server:
             _download(store, partial)

@@ -587,11 +587,15 @@ def test_a_folder_that_cannot_be_a_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"Opening failed in .*file"):
         open_at(file)
 
+    with pytest.raises(ValueError, match="neither a folder nor the URL of a Qdrant server"):
+        open_at("ftp://localhost:6333")
+
     damaged = tmp_path / "damaged"
     open_at(damaged).close()
-    (damaged / "meta.json").write_text('{"collections":')
-    with pytest.raises(StoreError, match=r"meta\.json is damaged"):
-        open_at(damaged)
+    for manifest in ('{"collections":', "[]", '{"collections": {"softrag": {}}, "aliases": {}}'):
+        (damaged / "meta.json").write_text(manifest)
+        with pytest.raises(StoreError, match=r"is damaged \(.*Restore the folder from a backup"):
+            open_at(damaged)
 
 
 def test_a_server_without_its_scheme_is_not_taken_for_a_folder(

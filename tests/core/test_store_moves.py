@@ -190,6 +190,15 @@ def test_a_snapshot_into_a_folder_that_is_not_there_names_the_folder(tmp_path):
         snapshot(store, tmp_path / "nowhere" / "file")
 
 
+def test_a_snapshot_onto_a_folder_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+
+    with open_at(tmp_path / "a") as store, pytest.raises(StoreError, match="it is a folder"):
+        snapshot(store, tmp_path / "folder")
+
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "folder"]
+
+
 def test_a_snapshot_cannot_write_outside_its_folder(tmp_path):
     (tmp_path / "meta.json").write_text("{}")
     with tarfile.open(tmp_path / "evil.tar", "w") as archive:
