@@ -463,6 +463,7 @@ class SoftRAGModel(PreTrainedModel):
         labels: torch.Tensor | None = None,
         document_index: torch.Tensor | None = None,
         soft_tokens: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> SoftRAGOutput:
         """Compress the documents and read the prompts.
@@ -479,8 +480,9 @@ class SoftRAGModel(PreTrainedModel):
             document_index: `(uses,)` which compressed document fills which placeholders, in
                 order, when a document is used more than once; None: each once, in order.
             soft_tokens: `(memory, decoder hidden)` to read in the place of compressed documents.
-            num_items_in_batch: Labels in the whole (accumulated) batch, to average over; None:
-                those of this call.
+            label_weights: `(batch, tokens)` what each label weighs in the loss; None: 1.
+            num_items_in_batch: What the labels of the whole (accumulated) batch weigh together, to
+                average over; None: those of this call.
 
         Returns:
             With labels: their mean loss, and logits of the labelled positions only,
@@ -513,8 +515,16 @@ class SoftRAGModel(PreTrainedModel):
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
         learned = (targets != IGNORED).nonzero().squeeze(1)
         logits = head(states.index_select(0, send(learned, device)))
-        loss = self._loss(logits, send(targets[learned], device))
-        items = len(learned) if num_items_in_batch is None else num_items_in_batch
+        weights, items = None, num_items_in_batch
+        if label_weights is not None:
+            weights = label_weights.flatten()[packed.slot].roll(-1)[learned]
+        if items is None:
+            items = len(learned) if weights is None else weights.sum().item()
+        loss = self._loss(
+            logits,
+            send(targets[learned], device),
+            None if weights is None else send(weights, device),
+        )
         return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores)
 
     @torch.no_grad()
@@ -598,9 +608,14 @@ class SoftRAGModel(PreTrainedModel):
         self._loss = torch.compile(_summed_loss, dynamic=True)
 
 
-def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross entropy of `(tokens, vocabulary)` logits."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+def _summed_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the summed cross entropy of `(tokens, vocabulary)` logits, weighed."""
+    if weights is None:
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    # Not a product of vectors: autocast would round it.
+    return (nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
 from softrag.model import SoftRAGModel
 from softrag_trainers.distillation import TextTeacher
+from softrag_trainers.examples import QuestionRow
 from softrag_trainers.finetuning import FineTuningCollator, Rows
 from softrag_trainers.options import Optimizer, Run
 from softrag_trainers.trainer import SoftRAGTrainer
@@ -42,8 +45,10 @@ def trainer_for(
     )
 
 
-def loss_of(trainer: SoftRAGTrainer, items: int | None = None) -> float:
-    batch = trainer.collator(question_rows())
+def loss_of(
+    trainer: SoftRAGTrainer, items: int | None = None, rows: list[QuestionRow] | None = None
+) -> float:
+    batch = trainer.collator(rows or question_rows())
     with torch.no_grad():
         return float(trainer.compute_loss(trainer.bare_model, batch, num_items_in_batch=items))
 
@@ -110,3 +115,15 @@ def test_a_teacher_of_other_prompts_or_tokens_is_refused(
         TextTeacher(teacher_folder, other_prompt, dtype=torch.float32)
     with pytest.raises(ValueError, match="has other tokens than the model"):
         TextTeacher(teacher_folder, other_tokens, dtype=torch.float32)
+
+
+def test_lessons_weigh_the_same_for_the_teacher_too(teacher_folder: Path, tmp_path: Path) -> None:
+    student = build_model(seed=8)
+    trainer = trainer_for(student, teacher_folder, tmp_path, loss_per="lesson", distil_weight=0.7)
+    rows = [
+        replace(row, answers=(answer,))
+        for row, answer in zip(question_rows(), ("a", "a much longer answer, b"), strict=False)
+    ]
+    alone = [loss_of(trainer, rows=[row]) for row in rows]
+
+    assert loss_of(trainer, rows=rows) == pytest.approx(fmean(alone), rel=1e-5)

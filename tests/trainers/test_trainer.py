@@ -153,6 +153,32 @@ def test_the_relevance_of_a_document_weighs_as_told(tmp_path: Path) -> None:
     assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
 
 
+def test_lessons_weigh_the_same_however_long_their_answers_are_if_told_so(tmp_path: Path) -> None:
+    model = build_model()
+    short, long = question_rows()[:2]
+    rows = [short, replace(long, answers=("William Shakespeare, in the year 1599 or 1600",))]
+    collator = finetuning(model)
+
+    def loss(rows: list[QuestionRow], loss_per: str) -> float:
+        trainer = build_trainer(tmp_path, model, optimizer={"loss_per": loss_per})
+        with torch.no_grad():
+            return float(trainer.compute_loss(model, collator(rows)))
+
+    alone = [loss([row], "token") for row in rows]
+    lengths = [int((collator([row])["labels"] != IGNORED).sum()) for row in rows]
+    by_length = sum(a * n for a, n in zip(alone, lengths, strict=True)) / sum(lengths)
+    assert loss(rows, "token") == pytest.approx(by_length, rel=1e-5)
+    assert loss(rows, "lesson") == pytest.approx(sum(alone) / 2, rel=1e-5)
+    # Batches are added up with the same weights.
+    accumulated = {"loss_per": "lesson", "batch_size": 1, "accumulation": 2, "steps": 1}
+    trainer = build_trainer(tmp_path, model, optimizer=accumulated, train_rows=Rows(rows))
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+    with pytest.raises(ValueError, match="loss_per is 'answer'; expected 'token' or 'lesson'"):
+        loss(rows, "answer")
+
+
 @pytest.mark.parametrize(
     ("optimizer", "run"),
     [

@@ -54,7 +54,12 @@ class TextTeacher:
         self.model.compile_layers()
         self._excess = torch.compile(excess, dynamic=True)
 
-    def exceed(self, logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def exceed(
+        self,
+        logits: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        label_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return by how much the teacher's loss exceeds the labels', over the taught answers.
 
         A share of it, added to the labels' loss, gives the teacher that share of the loss.
@@ -64,6 +69,7 @@ class TextTeacher:
                 of lessons with a teacher first.
             batch: `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, each `(batch,
                 tokens)`: the same answers behind documents as text.
+            label_weights: `(batch, tokens)` what each of these labels weighs; None: 1.
         """
         labels = batch["teacher_labels"]
         with torch.no_grad():
@@ -72,12 +78,17 @@ class TextTeacher:
                 decoder_attention_mask=batch["teacher_attention_mask"],
                 labels=labels,
             )
-        taught = send(labels[labels != IGNORED], logits.device)
-        return self._excess(logits[: len(output.logits)], output.logits, taught)
+        learned = labels != IGNORED
+        taught = send(labels[learned], logits.device)
+        weights = None if label_weights is None else send(label_weights[learned], logits.device)
+        return self._excess(logits[: len(output.logits)], output.logits, taught, weights)
 
 
 def excess(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed Kullback-Leibler divergence from a teacher, less the labels' cross entropy.
 
@@ -85,6 +96,7 @@ def excess(
         logits: `(tokens, vocabulary)`.
         teacher_logits: `(tokens, vocabulary)`.
         labels: `(tokens,)`.
+        weights: `(tokens,)`; None: 1.
 
     >>> excess(torch.tensor([[2.0, 2.0]]), torch.tensor([[3.0, 3.0]]), torch.tensor([1]))
     tensor(-0.6931)
@@ -92,9 +104,10 @@ def excess(
     # From one softmax over the vocabulary, which is what takes the time and the memory.
     own = logits.float().log_softmax(-1)
     divergence = nn.functional.kl_div(
-        own, teacher_logits.float().log_softmax(-1), reduction="sum", log_target=True
+        own, teacher_logits.float().log_softmax(-1), reduction="none", log_target=True
     )
-    return divergence + own.gather(1, labels[:, None]).sum()
+    each = divergence.sum(-1) + own.gather(1, labels[:, None])[:, 0]
+    return (each if weights is None else each * weights).sum()
 
 
 def _tokens(model: SoftRAGModel) -> tuple[int, list[int]]:

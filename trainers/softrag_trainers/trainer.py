@@ -74,6 +74,10 @@ class SoftRAGTrainer(Trainer):
         score: Callable[[SoftRAGModel], Scores] | None = None,
         teacher: TextTeacher | None = None,
     ) -> None:
+        if options.loss_per not in ("token", "lesson"):
+            raise ValueError(
+                f"optimizer.loss_per is {options.loss_per!r}; expected 'token' or 'lesson'."
+            )
         self.options = options
         self.teacher = teacher
         self.budget = TimeBudget(options.minutes, uncounted=3 if run.compile else 1)
@@ -186,9 +190,9 @@ class SoftRAGTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:
-        """Take the batches of a step and count their labels, those of all processes."""
+        """Take the batches of a step; count what their loss is averaged over, on all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        return batches, total(sum(int((batch["labels"] != IGNORED).sum()) for batch in batches))
+        return batches, total(sum(self._count(batch["labels"]) for batch in batches))
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return inputs
@@ -213,11 +217,14 @@ class SoftRAGTrainer(Trainer):
             for name, tensor in inputs.items()
             if name != "relevance" and not name.startswith("teacher_")
         }
-        outputs = model(**read, num_items_in_batch=num_items_in_batch)
+        labels = inputs["labels"]
+        items = self._count(labels) if num_items_in_batch is None else num_items_in_batch
+        outputs = model(**read, label_weights=self._weights(labels), num_items_in_batch=items)
         loss = outputs.loss
-        items = len(outputs.logits) if num_items_in_batch is None else num_items_in_batch
         if self.teacher is not None and "teacher_labels" in inputs:
-            excess = self.teacher.exceed(outputs.logits, inputs)
+            excess = self.teacher.exceed(
+                outputs.logits, inputs, self._weights(inputs["teacher_labels"])
+            )
             loss = loss + self.options.distil_weight * excess / items
         if outputs.scores is not None and "relevance" in inputs:
             relevance = send(inputs["relevance"], outputs.scores.device)
@@ -233,6 +240,18 @@ class SoftRAGTrainer(Trainer):
                 loss = loss + 0.0 * torch.stack([each.sum() for each in trained]).sum()
             self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
+
+    def _count(self, labels: torch.Tensor) -> int:
+        """Return how many of what `loss_per` names are learned."""
+        learned = labels != IGNORED
+        return int((learned if self.options.loss_per == "token" else learned.any(1)).sum())
+
+    def _weights(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return what each label weighs, so that lessons weigh the same; None: labels do."""
+        if self.options.loss_per == "token":
+            return None
+        count = (labels != IGNORED).sum(1, keepdim=True).clamp_min(1)
+        return (1 / count).expand_as(labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the speed beside every training loss."""
