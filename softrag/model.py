@@ -515,11 +515,12 @@ class SoftRAGModel(PreTrainedModel):
         targets[packed.cu_seq_lens[1:].long() - 1] = IGNORED
         learned = (targets != IGNORED).nonzero().squeeze(1)
         logits = head(states.index_select(0, send(learned, device)))
-        weights, items = None, num_items_in_batch
+        weights = None
         if label_weights is not None:
             weights = label_weights.flatten()[packed.slot].roll(-1)[learned]
+        items: torch.Tensor | float | None = num_items_in_batch
         if items is None:
-            items = len(learned) if weights is None else weights.sum().item()
+            items = len(learned) if weights is None else float(weights.sum())
         loss = self._loss(
             logits,
             send(targets[learned], device),
