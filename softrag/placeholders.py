@@ -68,8 +68,8 @@ class Windows:
         picked = picked.view(*self.members.shape, values.shape[-1])
         step = torch.arange(self.members.shape[1], device=values.device)
         beyond = (step >= self.count[:, None])[..., None]
-        total = picked.masked_fill(beyond, 0.0).sum(1)
-        # Autocast sums in float32 on a GPU, and leaves it at that.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = picked.masked_fill(beyond, 0.0).sum(1, dtype=wide)
         return (total / self.count.clamp_min(1)[:, None]).to(values.dtype)
 
 

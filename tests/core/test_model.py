@@ -253,6 +253,9 @@ def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Pa
     assert windows.end.tolist() == [2, 4]
     values = torch.tensor([[3.0], [6.0], [0.0], [1.0], [3.0], [100.0], [100.0]])
     assert windows.mean(values).tolist() == [[3.0], [2.0]]
+    # Rounded once, and back in the dtype of the values whatever sums are kept in.
+    halves = torch.randn(len(values), 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(windows.mean(halves), windows.mean(halves.float()).bfloat16())
 
 
 def test_the_window_readout_reaches_text_without_gradient_loss(tiny_llama: Path) -> None:
