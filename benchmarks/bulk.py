@@ -4,9 +4,9 @@
 
 The model has random weights in the shape of Qwen3-0.6B (compressor) and of a decoder 4,096 wide;
 the embedder random weights in the shape of all-MiniLM-L6-v2. Documents are cut from the demo corpus
-and numbered, so that none is like another. Where no Qdrant server runs, `--store sink` stands in
-for one: a process that takes every request over HTTP and writes its body to a file. That measures
-all that workers do, and nothing of what a server does.
+and numbered, so that none is like another. A sink stands in for a Qdrant server: a process that
+takes every request over HTTP and writes its body to a file. That measures all that workers do, and
+nothing of what a server does.
 
 Cases run in the order given, as often as they are given: `--cases 2x3 1x3 2x3 1x3` tells the
 difference between two from the spread of each. A case has `--documents` for each of its GPUs: as
