@@ -115,7 +115,6 @@ class Bench:
             store=StoreAddress(location=location),
             # Turns go through all GPUs, unless only the first is meant.
             device="cuda:0" if gpus == 1 and self.gpus else None,
-            threads=1,
             embedder=partial(RandomMiniLM, self.checkpoint),
             chunk_tokens=TOKENS,
         )

@@ -26,9 +26,10 @@ def score(
     limit: int,
     batch_size: int,
     dtype: str = "auto",
+    rate: int | None = None,
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
-    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype)
+    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for file in files:
         questions = read_questions(file, limit)
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=320)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
     options = parser.parse_args()
     score(
         options.checkpoint,
@@ -63,6 +65,7 @@ def main() -> None:
         limit=options.limit,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        rate=options.rate,
     )
 
 

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import torch
+
 from tests.embedders import HashingEmbedder
 
 
@@ -32,6 +34,23 @@ class MortalEmbedder(HashingEmbedder):
                 os.kill(os.getpid(), signal.SIGKILL)
         if any("deadly" in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed_documents(texts)
+
+
+class ThreadCountingEmbedder(HashingEmbedder):
+    """Notes how many threads its process computes with.
+
+    Args:
+        device: Not used.
+        notes: A folder: a file for each process that embedded something.
+    """
+
+    def __init__(self, device: str, notes: Path) -> None:
+        self.notes = notes
+
+    def embed_documents(self, texts: list[str]):
+        threads = f"{torch.get_num_threads()} {os.environ.get('RAYON_NUM_THREADS')}"
+        (self.notes / str(os.getpid())).write_text(threads)
         return super().embed_documents(texts)
 
 

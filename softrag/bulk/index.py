@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -179,6 +179,8 @@ def _open_store(setup: WorkerSetup) -> MemoryStore:
 def _run_workers(coordinator: Coordinator, setup: WorkerSetup, count: int) -> int:
     """Keep `count` workers alive until all is done. Return how many were replaced."""
     context = _process_context(setup)
+    if setup.threads is None:
+        setup = replace(setup, threads=max(1, _cores() // count))
 
     def start(number: int) -> BaseProcess:
         process = context.Process(
@@ -217,6 +219,13 @@ def _run_workers(coordinator: Coordinator, setup: WorkerSetup, count: int) -> in
             process.kill()
             process.join()
     return restarts
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _process_context(setup: WorkerSetup) -> SpawnContext | ForkServerContext:

@@ -59,7 +59,7 @@ class WorkerSetup:
         store: Where memories go.
         base_model: Where the checkpoint's base model is, if not where the checkpoint says.
         device: Of all workers; None gives every worker a GPU in turn, or the CPU.
-        threads: Of a worker on the CPU; None leaves torch's own number.
+        threads: That a worker computes with on the CPU; None divides the cores among the workers.
         embedder: Makes the embedder, given its device.
         chunk_tokens: Longest chunk, as of `SoftRAG`.
         batch_size: Chunks compressed and stored together; None for 64 on a CPU, 512 on a GPU.
@@ -101,8 +101,11 @@ def run_worker(setup: WorkerSetup, address: Address, worker: int) -> None:
     """Be a worker process that `index_files` started, until there is no more to do."""
     # The parent tells what a Ctrl-C means, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if setup.device_of(worker) == "cpu" and setup.threads is not None:
+    if setup.threads is not None:
+        # Also where a GPU does the work: with every core's threads in every worker, tokenizing and
+        # copying wait for each other, and a second GPU adds little.
         torch.set_num_threads(setup.threads)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(setup.threads))
     hush_loading()
     try:
         work(setup, address, worker)

@@ -100,7 +100,6 @@ def index(
             checkpoint=model,
             store=address,
             device=device,
-            threads=1,
             chunk_tokens=chunk_tokens,
             batch_size=batch_size,
             rate=rate,

@@ -25,7 +25,7 @@ from softrag.bulk.shares import cut_shares
 from softrag.errors import CheckpointError, MemoryMismatchError, SoftRAGError, StoreError
 from softrag.files import find_files, read_file, read_files
 from softrag.store import MemoryStore
-from tests.bulk_workers import MortalEmbedder, UnreachableEmbedder
+from tests.bulk_workers import MortalEmbedder, ThreadCountingEmbedder, UnreachableEmbedder
 from tests.checkpoints import build_checkpoint, build_model
 from tests.core.qdrant_stub import QdrantStub
 from tests.embedders import HashingEmbedder
@@ -119,6 +119,22 @@ def test_a_bad_line_is_named_by_its_number_in_the_whole_file(tmp_path):
 
 
 # Workers
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 4), (3, 1), (8, 1)])
+def test_workers_divide_the_cores_among_them(corpus, tmp_path, workers, threads, monkeypatch):
+    (notes := tmp_path / "notes").mkdir()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    embedder = partial(ThreadCountingEmbedder, notes=notes)
+
+    index_files(
+        [corpus],
+        setup=setup(tmp_path / "store", threads=None, embedder=embedder),
+        workers=workers,
+    )
+
+    assert {note.read_text() for note in notes.iterdir()} == {f"{threads} {threads}"}
 
 
 def test_workers_make_what_one_process_makes(corpus, tmp_path):
