@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from softrag.comparison import Bootstrap, LoadedModel, answer_rows
+from softrag.embedder import default_embedder
 from softrag.evaluation import read_questions
 
 METRICS = ("em", "f1", "match")
@@ -30,16 +31,18 @@ def score(
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
+    embedder = default_embedder() if "mixed" in modes else None
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for file in files:
         questions = read_questions(file, limit)
         bootstrap = Bootstrap(len(questions))
         by_mode = scores.setdefault(file.name.split(".jsonl")[0], {})
-        for row in answer_rows(questions, model, modes=modes, batch_size=batch_size):
+        rows = answer_rows(questions, model, modes=modes, batch_size=batch_size, embedder=embedder)
+        for row in rows:
             by_mode[row.mode] = {
                 metric: [round(x, 2) for x in bootstrap.interval(row.scores[metric])]
                 for metric in METRICS
-            }
+            } | {"prompt_tokens": [round(float(row.prompt_tokens.mean()), 1)]}
             print(file.name, row.mode, by_mode[row.mode], flush=True)
         json_file.write_text(json.dumps(scores, indent=1) + "\n")
     return scores

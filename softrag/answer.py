@@ -8,8 +8,9 @@ from typing import Literal
 
 from softrag.documents import Hit
 
-Mode = Literal["memory", "text", "closed"]
-"""What the decoder reads of the retrieved chunks: their memories, their text, or nothing."""
+Mode = Literal["memory", "mixed", "text", "closed"]
+"""What the decoder reads of the retrieved chunks: their memories, the text of the best and the
+memories of the others, their text, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

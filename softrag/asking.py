@@ -158,11 +158,8 @@ def prepare(
         check_texts("sources", question.sources, or_else=(Hit, Memory))
     started = perf_counter()
     documents: list[list[Memory | str]]
-    if mode == "memory":
-        made = zip(questions, _memories(questions, compressor), strict=True)
-        ranked = [_rerank(question, memories) for question, memories in made]
-        questions = [question for question, _ in ranked]
-        documents = [[memory for part in parts for memory in part] for _, parts in ranked]
+    if mode in ("memory", "mixed"):
+        questions, documents = _compressed(questions, mode, compressor)
     elif mode == "text":
         documents = [[_text(source) for source in question.sources] for question in questions]
     else:
@@ -183,10 +180,30 @@ def prepare(
             question=question,
             mode=mode,
             text_prompt_tokens=_text_prompt_tokens(question, mode, decoder),
-            compress_s=compress_s if mode == "memory" else 0.0,
+            compress_s=compress_s if mode in ("memory", "mixed") else 0.0,
         )
         for question, read in zip(questions, documents, strict=True)
     ]
+
+
+def _compressed(
+    questions: Sequence[Asked], mode: Mode, compressor: Compressor | None
+) -> tuple[list[Asked], list[list[Memory | str]]]:
+    """Return the questions, reranked, with what is read for each: memories, the best as text."""
+    # A rerank head has to see the best source to know it; else that one needs no memory.
+    n_texts = 1 if mode == "mixed" else 0
+    n_unseen = 0 if compressor is not None and compressor.reranks else n_texts
+    seen = [question._replace(sources=question.sources[n_unseen:]) for question in questions]
+    made = zip(seen, _memories(seen, compressor), strict=True)
+    ranked = [_rerank(question, memories) for question, memories in made]
+    asked: list[Asked] = []
+    documents: list[list[Memory | str]] = []
+    for question, (reranked, parts) in zip(questions, ranked, strict=True):
+        sources = [*question.sources[:n_unseen], *reranked.sources]
+        asked.append(question._replace(sources=sources))
+        memories = [memory for part in parts[n_texts - n_unseen :] for memory in part]
+        documents.append([*map(_text, sources[:n_texts]), *memories])
+    return asked, documents
 
 
 def _memories(

@@ -296,8 +296,9 @@ class SoftRAG:
             question: The question.
             k: How many chunks to read.
             candidates: With a checkpoint that has a rerank head, how many of the nearest chunks to
-                choose the `k` most relevant from, in mode "memory"; None for twice `k`.
-            mode: "memory" reads their memories, "text" their texts, "closed" reads nothing.
+                choose the `k` most relevant from, where memories are read; None for twice `k`.
+            mode: "memory" reads their memories, "mixed" the best one's text and the others'
+                memories, "text" their texts, "closed" nothing.
             max_new_tokens: Most tokens of the answer.
             stop: Strings that end the answer.
             where: As in `retrieve`.
@@ -460,8 +461,9 @@ class SoftRAG:
         if mode == "closed":
             return Asked(question, [], started)
         # Memories for a question are made when it is asked; text needs none.
-        stored = mode == "memory" and not (self.compressor and self.compressor.query_dependent)
-        keep = k if reranks and mode == "memory" else None
+        compressed = mode in ("memory", "mixed")
+        stored = compressed and not (self.compressor and self.compressor.query_dependent)
+        keep = k if reranks and compressed else None
         found = k if keep is None else candidates or 2 * k
         hits = self._search(question, found, where, with_memories=stored)
         return Asked(question, hits, started, perf_counter() - started, keep)

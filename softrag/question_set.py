@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from softrag.codec import decode, encode
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeResult
 from softrag.documents import document_text
+from softrag.embedder import Embedder
 from softrag.evaluation import Question
 from softrag.memory import Memory
 
@@ -62,6 +63,24 @@ def texts_of(question: Question) -> list[str]:
     return [document_text(document.title, document.text) for document in question.documents]
 
 
+def nearest_first(questions: Sequence[Question], embedder: Embedder) -> list[Question]:
+    """Return questions with their documents in the order that a search would find them in."""
+    distinct = list(dict.fromkeys(text for each in questions for text in texts_of(each)))
+    vectors = dict(zip(distinct, embedder.embed_documents(distinct), strict=True))
+
+    def ranked(question: Question) -> Question:
+        asked = embedder.embed_query(question.question)
+        nearness = [float(vectors[text] @ asked) for text in texts_of(question)]
+        order = sorted(range(len(nearness)), key=lambda place: -nearness[place])
+        return replace(
+            question,
+            documents=tuple(question.documents[place] for place in order),
+            gold=tuple(question.gold[place] for place in order),
+        )
+
+    return [ranked(question) for question in questions]
+
+
 def compress_set(questions: Sequence[Question], compressor: Compressor) -> SetMemories:
     """Compress every distinct document of a question set once; nothing for query-dependent models.
 
@@ -104,7 +123,7 @@ def answer_set(
         mode: What is read of the documents.
         decoder: Answers.
         compressor: Makes memories that are missing.
-        memories: What mode "memory" reads; None makes them batch by batch.
+        memories: What modes "memory" and "mixed" read; None makes them batch by batch.
         batch_size: Questions answered together.
         max_new_tokens: Most tokens of an answer.
         with_state: As in `DecodeRequest`.
@@ -120,7 +139,7 @@ def answer_set(
         batch = slice(first, first + batch_size)
         prepared = prepare(
             [
-                Asked(question.question, _sources(documents, known), started)
+                Asked(question.question, _sources(documents, known, mode), started)
                 for question, documents in zip(questions[batch], texts[batch], strict=True)
             ],
             mode=mode,
@@ -136,8 +155,11 @@ def answer_set(
     return AnsweredSet(results=results, compress_s=compress_s, decode_s=decode_s)
 
 
-def _sources(documents: Sequence[str], memories: Mapping[str, list[Memory]]) -> list[Source]:
-    sources: list[Source] = []
-    for text in documents:
+def _sources(
+    documents: Sequence[str], memories: Mapping[str, list[Memory]], mode: Mode
+) -> list[Source]:
+    n_texts = 1 if mode == "mixed" else 0
+    sources: list[Source] = [*documents[:n_texts]]
+    for text in documents[n_texts:]:
         sources += memories.get(text) or [text]
     return sources

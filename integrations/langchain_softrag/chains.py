@@ -15,7 +15,7 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrou
 # Pydantic makes the chain's schemas, and before Python 3.12 it takes this one only.
 from typing_extensions import TypedDict
 
-from langchain_softrag.messages import format_memories
+from langchain_softrag.messages import ReadMode, format_memories
 
 
 class SoftRAGInput(TypedDict):
@@ -41,6 +41,8 @@ class SoftRAGOutput(TypedDict):
 def create_softrag_chain(
     retriever: Runnable[str, list[Document]],
     llm: Runnable[LanguageModelInput, BaseMessage],
+    *,
+    mode: ReadMode = "memory",
 ) -> Runnable[SoftRAGInput | str, SoftRAGOutput]:
     """Return a chain that answers questions from the memories of retrieved documents.
 
@@ -50,9 +52,21 @@ def create_softrag_chain(
     Args:
         retriever: Documents without handles are compressed when they are found.
         llm: A `ChatSoftRAG`, bound or configured as you like.
+        mode: "memory", or "mixed": the best document is read as text, the others from memories.
     """
     retrieve = RunnablePick("question") | retriever
-    answer = RunnableLambda(_to_messages, _ato_messages) | llm | StrOutputParser()
+
+    def to_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
+        question = HumanMessage(content=found["question"])
+        return [*format_memories(found["sources"], mode=mode), question]
+
+    # Without async twins LangChain would run these few microseconds in a thread of its own.
+    # Waiting for nothing lets the event loop turn between the questions of one moment.
+    async def ato_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
+        await asyncio.sleep(0)
+        return to_messages(found)
+
+    answer = RunnableLambda(to_messages, ato_messages) | llm | StrOutputParser()
     chain: Runnable[Any, Any] = (
         RunnableLambda(_to_input, _ato_input)
         | RunnablePassthrough.assign(sources=retrieve)
@@ -75,19 +89,6 @@ def _to_input(given: str | Mapping[str, Any]) -> dict[str, str]:
     return {"question": given["question"]}
 
 
-def _to_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
-    return [*format_memories(found["sources"]), HumanMessage(content=found["question"])]
-
-
-# Without async twins LangChain would run these few microseconds in a thread of its own. Waiting for
-# nothing lets the event loop turn between the questions of one moment.
-
-
 async def _ato_input(given: str | Mapping[str, Any]) -> dict[str, str]:
     await asyncio.sleep(0)
     return _to_input(given)
-
-
-async def _ato_messages(found: Mapping[str, Any]) -> list[BaseMessage]:
-    await asyncio.sleep(0)
-    return _to_messages(found)

@@ -18,7 +18,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, model_validator
 
-from langchain_softrag.messages import HandleSource, read_messages
+from langchain_softrag.messages import HandleSource, ReadMode, read_messages
 from softrag import Answer, Decoder, Memory, SoftRAG
 
 # One per loaded decoder; see `_identifying_params`.
@@ -106,8 +106,8 @@ class ChatSoftRAG(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         decoding = self._decoding(stop, kwargs)
-        question, sources = self._read(messages)
-        answer = self.engine.answer_from(question, sources, **decoding)
+        question, sources, mode = self._read(messages)
+        answer = self.engine.answer_from(question, sources, mode=mode, **decoding)
         message = AIMessage(
             content=answer.text,
             usage_metadata=_usage(answer, sources),
@@ -135,8 +135,8 @@ class ChatSoftRAG(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         decoding = self._decoding(stop, kwargs)
-        question, sources = self._read(messages)
-        with self.engine.stream_from(question, sources, **decoding) as stream:
+        question, sources, mode = self._read(messages)
+        with self.engine.stream_from(question, sources, mode=mode, **decoding) as stream:
             for piece in stream:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
             yield self._last_chunk(stream.answer, sources)
@@ -149,21 +149,22 @@ class ChatSoftRAG(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         decoding = self._decoding(stop, kwargs)
-        question, sources = await run_in_executor(self.engine.threads, self._read, messages)
-        async with self.engine.astream_from(question, sources, **decoding) as stream:
+        question, sources, mode = await run_in_executor(self.engine.threads, self._read, messages)
+        async with self.engine.astream_from(question, sources, mode=mode, **decoding) as stream:
             async for piece in stream:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
             yield self._last_chunk(stream.answer, sources)
 
-    def _read(self, messages: list[BaseMessage]) -> tuple[str, list[Memory | str]]:
-        """Return the question and its sources, handles resolved."""
+    def _read(self, messages: list[BaseMessage]) -> tuple[str, list[Memory | str], ReadMode]:
+        """Return the question, its sources with handles resolved, and how they are read."""
         prompt = read_messages(messages)
         keys = [source.key for source in prompt.sources if isinstance(source, HandleSource)]
         memories = iter(self.engine.resolve(keys))
-        return prompt.question, [
+        sources = [
             next(memories) if isinstance(source, HandleSource) else source
             for source in prompt.sources
         ]
+        return prompt.question, sources, prompt.mode
 
     def _decoding(self, stop: list[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the engine's arguments: the call's options, or else the model's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from langchain_core.documents import Document
 from langchain_core.messages import (
@@ -25,11 +25,15 @@ logger = logging.getLogger(__name__)
 
 MEMORY = "softrag_memory"
 DOCUMENT = "softrag_document"
+TEXT = "softrag_text"
 _SPEAKERS: dict[type[BaseMessage], str] = {
     SystemMessage: "",
     HumanMessage: "User: ",
     AIMessage: "Assistant: ",
 }
+
+
+ReadMode = Literal["memory", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +50,33 @@ class Prompt:
     Attributes:
         question: The last human words; what was said before stands in front of them.
         sources: Memories by key, and texts to be compressed, in order.
+        mode: "mixed" where the first source is a text to be read as it is.
     """
 
     question: str
     sources: list[HandleSource | str]
+    mode: ReadMode
 
 
-def format_memories(documents: Iterable[Document]) -> list[BaseMessage]:
+def format_memories(
+    documents: Iterable[Document], *, mode: ReadMode = "memory"
+) -> list[BaseMessage]:
     """Return documents as the message that `ChatSoftRAG` reads them from.
 
     Takes the place of the usual `format_docs`, in front of a `MessagesPlaceholder`. A document
-    without a handle is compressed by the model when it is asked; its text is never put in the
-    prompt.
+    without a handle is compressed by the model when it is asked.
+
+    Args:
+        documents: Best first.
+        mode: "memory": no text is put in the prompt; "mixed": that of the first document is.
     """
+    if mode not in get_args(ReadMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(ReadMode))}; found {mode!r}.")
     # The dicts are written out: LangChain's own constructor gives every block a random id, and no
     # cached answer would be found again.
     blocks: list[str | dict[Any, Any]] = [
-        {"type": "non_standard", "value": _value(document)} for document in documents
+        {"type": "non_standard", "value": _value(document, as_text=mode == "mixed" and not number)}
+        for number, document in enumerate(documents)
     ]
     return [HumanMessage(content=blocks)] if blocks else []
 
@@ -74,6 +88,7 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
         ValueError: A message is of a kind that softrag cannot read, or none asks anything.
     """
     sources: list[HandleSource | str] = []
+    texts: list[int] = []
     turns: list[tuple[str, str]] = []
     for message in messages:
         speaker = next((_SPEAKERS[kind] for kind in _SPEAKERS if isinstance(message, kind)), None)
@@ -83,7 +98,7 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
                 f"{type(message).__name__}. Let another model use tools, with a softrag chain as "
                 "one of them."
             )
-        text = _read_content(message.content, sources)
+        text = _read_content(message.content, sources, texts)
         if text.strip():
             turns.append((speaker, text))
     asked: list[str] = []
@@ -100,18 +115,31 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
     if turns:
         said = "\n".join(speaker + text for speaker, text in turns)
         question = f"{said}\n\n{question}"
-    return Prompt(question=question, sources=sources)
+    if texts not in ([], [0]):
+        raise ValueError(
+            f"Only the first document can be read as text, found texts at the places {texts} of "
+            f"{len(sources)}. Make one message of all documents: format_memories(documents, "
+            "mode='mixed')."
+        )
+    return Prompt(question=question, sources=sources, mode="mixed" if texts else "memory")
 
 
-def _value(document: Document) -> dict[str, str]:
+def _value(document: Document, *, as_text: bool) -> dict[str, str]:
+    if as_text:
+        return {"type": TEXT, "text": text_of(document)}
     handle = document.metadata.get(HANDLE_FIELD)
     if handle is None:
         return {"type": DOCUMENT, "text": text_of(document)}
     return {"type": MEMORY, "handle": handle}
 
 
-def _read_content(content: str | list[str | dict[Any, Any]], sources: list[Any]) -> str:
-    """Return the text of a message's content, and add its memories to `sources`."""
+def _read_content(
+    content: str | list[str | dict[Any, Any]], sources: list[Any], as_text: list[int]
+) -> str:
+    """Return the text of a message's content; add its documents to `sources`.
+
+    To `as_text` go the places of those that are to be read as text.
+    """
     if isinstance(content, str):
         return content
     texts = []
@@ -121,15 +149,18 @@ def _read_content(content: str | list[str | dict[Any, Any]], sources: list[Any])
         elif block.get("type") == "text":
             texts.append(block["text"])
         else:
-            sources.append(_read_source(block))
+            source, is_text = _read_source(block)
+            as_text += [len(sources)] if is_text else []
+            sources.append(source)
     return "\n".join(texts)
 
 
-def _read_source(block: dict[Any, Any]) -> HandleSource | str:
+def _read_source(block: dict[Any, Any]) -> tuple[HandleSource | str, bool]:
+    """Return a document, and whether it is to be read as text."""
     value = block.get("value") if block.get("type") == "non_standard" else None
     kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(value, dict) and kind == DOCUMENT:
-        return str(value["text"])
+    if isinstance(value, dict) and kind in (DOCUMENT, TEXT):
+        return str(value["text"]), kind == TEXT
     if isinstance(value, dict) and kind == MEMORY:
         keys = find_handles(str(value.get("handle")))
         if len(keys) != 1:
@@ -137,7 +168,7 @@ def _read_source(block: dict[Any, Any]) -> HandleSource | str:
                 f"A memory block holds {str(value.get('handle'))[:60]!r} instead of one handle. "
                 "Make blocks with format_memories."
             )
-        return HandleSource(key=keys[0])
+        return HandleSource(key=keys[0]), False
     raise ValueError(
         f"ChatSoftRAG reads text and memories, found a block of type {block.get('type')!r}. Leave "
         "it out; make memory blocks with format_memories."

@@ -70,8 +70,9 @@ class SoftRAGLLM(CustomLLM):
 
     Args:
         engine: The engine.
-        mode: "memory" answers from memories and refuses anything else; "text" reads context as
-            text, for comparison; "closed" answers without context and refuses one.
+        mode: "memory" answers from memories and refuses anything else; "mixed" does, too, but
+            reads the best node as text; "text" reads context as text, for comparison; "closed"
+            answers without context and refuses one.
         max_new_tokens: Most tokens of an answer; calls may say otherwise (`max_tokens=`).
         temperature: 0.0 takes the likeliest token; calls may say otherwise.
     """
@@ -273,8 +274,8 @@ class SoftRAGLLM(CustomLLM):
             for message in messages
             if message.role in (MessageRole.SYSTEM, MessageRole.DEVELOPER)
         )
-        if self.mode == "memory":
-            return _Turn(question, self._hits(context), "memory", decoding)
+        if self.mode in ("memory", "mixed"):
+            return _Turn(question, self._hits(context), self.mode, decoding)
         if self.mode == "closed" and context.strip():
             raise PromptError(
                 "SoftRAGLLM(mode='closed') reads no context, found a system message. Leave it out, "

@@ -13,7 +13,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from llama_index_softrag.convert import to_document
 from llama_index_softrag.embedding import SoftRAGEmbedding
-from llama_index_softrag.synthesizer import SoftRAGSynthesizer
+from llama_index_softrag.synthesizer import ReadMode, SoftRAGSynthesizer
 from llama_index_softrag.vector_store import SoftRAGQdrantVectorStore
 from softrag import EmptyDocumentError, SoftRAG
 
@@ -29,6 +29,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
         *,
         k: int = 5,
         filters: MetadataFilters | None = None,
+        mode: ReadMode = "memory",
         streaming: bool = False,
         max_new_tokens: int = 128,
         node_postprocessors: Sequence[BaseNodePostprocessor] = (),
@@ -45,6 +46,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
             engine: The engine.
             k: As in `from_store`.
             filters: As in `from_store`.
+            mode: As in `from_store`.
             streaming: As in `from_store`.
             max_new_tokens: As in `from_store`.
             node_postprocessors: As in `from_store`.
@@ -61,6 +63,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
             engine,
             k=k,
             filters=filters,
+            mode=mode,
             streaming=streaming,
             max_new_tokens=max_new_tokens,
             node_postprocessors=node_postprocessors,
@@ -74,6 +77,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
         *,
         k: int = 5,
         filters: MetadataFilters | None = None,
+        mode: ReadMode = "memory",
         streaming: bool = False,
         max_new_tokens: int = 128,
         node_postprocessors: Sequence[BaseNodePostprocessor] = (),
@@ -85,6 +89,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
             engine: The engine.
             k: How many chunks to read.
             filters: Which chunks to consider.
+            mode: "memory", or "mixed": the best chunk is read as text, the others from memories.
             streaming: Answer in pieces.
             max_new_tokens: Most tokens of an answer.
             node_postprocessors: Between retrieval and answer.
@@ -96,6 +101,7 @@ class SoftRAGQueryEngine(RetrieverQueryEngine):
             ),
             response_synthesizer=SoftRAGSynthesizer(
                 engine,
+                mode=mode,
                 streaming=streaming,
                 max_new_tokens=max_new_tokens,
                 callback_manager=callback_manager,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks import CallbackManager
@@ -16,6 +16,8 @@ from llama_index_softrag.llm import SoftRAGLLM, context_messages
 from llama_index_softrag.memories import MemoryNode, in_short_thread, memories_of
 from softrag import SoftRAG
 
+ReadMode = Literal["memory", "mixed"]
+
 
 class SoftRAGSynthesizer(BaseSynthesizer):
     """Answers a question from nodes by their memories, in the prompt the model was trained with.
@@ -25,6 +27,7 @@ class SoftRAGSynthesizer(BaseSynthesizer):
 
     Args:
         engine: The engine.
+        mode: "memory", or "mixed": the best node is read as text, the others from memories.
         streaming: Answer in pieces.
         max_new_tokens: Most tokens of an answer.
         temperature: 0.0 takes the likeliest token.
@@ -36,13 +39,16 @@ class SoftRAGSynthesizer(BaseSynthesizer):
         self,
         engine: SoftRAG,
         *,
+        mode: ReadMode = "memory",
         streaming: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
     ) -> None:
-        self._decoder = SoftRAGLLM(engine, max_new_tokens=max_new_tokens, temperature=temperature)
+        self._decoder = SoftRAGLLM(
+            engine, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature
+        )
         super().__init__(
             llm=self._decoder,
             callback_manager=callback_manager,

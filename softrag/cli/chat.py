@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from softrag.documents import Hit
 
 HELP = (
-    "/mode memory|text|closed changes what is read, /sources shows the last answer's sources, "
-    "/quit ends"
+    "/mode memory|mixed|text|closed changes what is read, /sources shows the last answer's "
+    "sources, /quit ends"
 )
 
 
@@ -52,7 +53,7 @@ def chat(
             if line == "/sources":
                 print_sources(console, sources)
                 continue
-            if line in ("/mode memory", "/mode text", "/mode closed"):
+            if line in ("/mode memory", "/mode mixed", "/mode text", "/mode closed"):
                 mode = line.removeprefix("/mode ")  # type: ignore[assignment]
                 continue
             if line.startswith("/"):
@@ -77,6 +78,9 @@ def chat(
 
 
 def _lines(console: Console) -> Iterator[str]:
+    if isinstance(sys.stdin, TextIOWrapper):
+        # A byte that is no UTF-8 is no reason to leave the lines behind it unanswered.
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = console.input("[bold cyan]> ") if sys.stdin.isatty() else sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""`softrag demo`: ten questions about the shipped documents, from memories and from text."""
+"""`softrag demo`: ten questions about the shipped documents, from memories, mixed and from text."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ from softrag.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from softrag.answer import Answer
+    from softrag.answer import Answer, Mode
     from softrag.engine import SoftRAG
 
 MAX_NEW_TOKENS = 48
+# What is read in each mode, in the order it is shown.
+NAMES: dict[Mode, str] = {
+    "memory": "memories",
+    "mixed": "memories, the best chunk as text",
+    "text": "text",
+}
 
 
 def demo(
@@ -39,7 +45,7 @@ def demo(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Index the shipped documents and answer ten questions from memories and from text."""
+    """Index the shipped documents and answer ten questions from memories, mixed and from text."""
     from softrag.cli.show import answer_values, print_json, report_values
 
     console = Console(quiet=json)
@@ -52,8 +58,8 @@ def demo(
             print_report(report, store)
         # The first answer would otherwise pay for starting the libraries' threads.
         engine.ask(questions[0], mode="closed", max_new_tokens=1)
-        pairs = [
-            (question, *_ask_both(console, engine, number, question))
+        answers = [
+            _ask_each_way(console, engine, number, question)
             for number, question in enumerate(questions, 1)
         ]
     if json:
@@ -63,16 +69,15 @@ def demo(
                 "questions": [
                     {
                         "question": question,
-                        "answers": answers,
-                        "memory": answer_values(question, memory),
-                        "text": answer_values(question, text),
+                        "answers": wanted,
+                        **{mode: answer_values(question, by_mode[mode]) for mode in NAMES},
                     }
-                    for (question, memory, text), answers in zip(pairs, gold, strict=True)
+                    for question, by_mode, wanted in zip(questions, answers, gold, strict=True)
                 ],
             }
         )
         return
-    _print_summary(console, [(memory, text) for _, memory, text in pairs], gold)
+    _print_summary(console, answers, gold)
     _print_next(console, store)
 
 
@@ -82,10 +87,10 @@ def read_questions() -> tuple[list[str], list[list[str]]]:
     return [record["question"] for record in records], [record["answers"] for record in records]
 
 
-def _ask_both(
+def _ask_each_way(
     console: Console, engine: SoftRAG, number: int, question: str
-) -> tuple[Answer, Answer]:
-    """Answer a question from memories, streaming, and from the same chunks as text."""
+) -> dict[Mode, Answer]:
+    """Answer a question from memories, streaming, and from the same chunks in the other modes."""
     from softrag.cli.show import costs, print_sources, print_stream
 
     console.print()
@@ -94,36 +99,41 @@ def _ask_both(
     stream = engine.stream(question, max_new_tokens=MAX_NEW_TOKENS)
     print_stream(console, stream)
     memory = stream.answer
-    text = engine.answer_from(question, memory.sources, mode="text", max_new_tokens=MAX_NEW_TOKENS)
+    mixed, text = (
+        engine.answer_from(question, memory.sources, mode=mode, max_new_tokens=MAX_NEW_TOKENS)
+        for mode in ("mixed", "text")
+    )
+    console.print(Text.assemble(("mixed:         ", "cyan"), mixed.text.strip()))
     console.print(Text.assemble(("from text:     ", "blue"), text.text.strip()))
     console.print(costs(memory), style="dim", highlight=False)
     print_sources(console, memory.sources[:3])
-    return memory, text
+    return {"memory": memory, "mixed": mixed, "text": text}
 
 
 def _print_summary(
-    console: Console, pairs: list[tuple[Answer, Answer]], gold: list[list[str]]
+    console: Console, answers: list[dict[Mode, Answer]], gold: list[list[str]]
 ) -> None:
     from softrag.evaluation import match
 
-    memories, texts = zip(*pairs, strict=True)
-    table = Table(title=f"{len(pairs)} questions, means", box=None, padding=(0, 2), pad_edge=False)
+    title = f"{len(answers)} questions, means"
+    table = Table(title=title, box=None, padding=(0, 2), pad_edge=False)
     for name in ("", "right", "prompt tokens", "to first word", "in all"):
         table.add_column(name, justify="right" if name else "left")
-    for name, answers in (("memories", memories), ("text", texts)):
-        right = sum(match(a.text, wanted) > 0 for a, wanted in zip(answers, gold, strict=True))
+    for mode, name in NAMES.items():
+        read = [by_mode[mode] for by_mode in answers]
+        right = sum(match(a.text, wanted) > 0 for a, wanted in zip(read, gold, strict=True))
         table.add_row(
             name,
             str(right),
-            f"{mean(answer.usage.prompt_tokens for answer in answers):.0f}",
-            f"{mean(answer.timings.first_token_s for answer in answers):.2f} s",
-            f"{mean(answer.timings.total_s for answer in answers):.2f} s",
+            f"{mean(answer.usage.prompt_tokens for answer in read):.0f}",
+            f"{mean(answer.timings.first_token_s for answer in read):.2f} s",
+            f"{mean(answer.timings.total_s for answer in read):.2f} s",
         )
     console.print()
     console.print(table)
     console.print(
         "The demo model is small and briefly trained: its memories save tokens and time, but it "
-        "often misreads them.",
+        "often misreads them. --mode mixed reads the best chunk as text.",
         style="dim",
     )
 
@@ -138,7 +148,7 @@ def _print_next(console: Console, store: str) -> None:
         Panel.fit(
             Text(
                 f'{command} ask "Who was Charles Darwin?"{option}\n'
-                f'{command} ask "…" --mode text{option}\n'
+                f'{command} ask "…" --mode mixed{option}\n'
                 f"{command} chat{option}\n"
                 f"{command} index YOUR_FOLDER --store my_store"
             ),

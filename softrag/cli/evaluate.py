@@ -162,7 +162,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         # Its tokenizer measures the chunks of files.
-        with_compressor="memory" in wanted or corpus is not None,
+        with_compressor=bool({"memory", "mixed"} & set(wanted)) or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
         lookahead=router.lookahead if router else LOOKAHEAD if calibrate else 0,
         quiet=json,
@@ -187,7 +187,7 @@ def evaluate(
         # As the store has them, so that what is measured is what is answered from.
         stored_as = chunks.codec if chunks else "bf16"
     plan = replace(plan, codecs=plan.codecs or [stored_as])
-    rows = _rows(questions, first, plan)
+    rows = _rows(questions, first, plan, ranked=chunks is not None)
     comparison = Comparison(questions=questions, rows=rows, seed=seed)
     if judge:
         comparison = _judged(comparison, _endpoint(judge, judge_model))
@@ -356,9 +356,14 @@ def _questions(
     return questions
 
 
-def _rows(questions: Sequence[Question], first: LoadedModel, plan: _Plan) -> list[Row]:
+def _rows(
+    questions: Sequence[Question], first: LoadedModel, plan: _Plan, *, ranked: bool
+) -> list[Row]:
     from softrag.comparison import answer_rows
+    from softrag.embedder import default_embedder
 
+    # What a search found comes best first; documents of the file come in any order.
+    embedder = default_embedder() if "mixed" in plan.modes and not ranked else None
     rows: list[Row] = []
     n_rows = len(plan.models) * len(plan.modes) + (len(plan.codecs) - 1) * len(plan.models) * (
         "memory" in plan.modes
@@ -376,6 +381,7 @@ def _rows(questions: Sequence[Question], first: LoadedModel, plan: _Plan) -> lis
                 max_new_tokens=plan.max_new_tokens,
                 with_state=plan.with_state,
                 lookahead=plan.lookahead,
+                embedder=embedder,
                 on_answers=lambda name, n: progress.update(task, description=name, advance=n),
             )
     return rows

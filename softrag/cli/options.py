@@ -77,8 +77,11 @@ Grpc = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many chunks to answer from.")]
 ModeName = Annotated[
-    Literal["memory", "text", "closed"],
-    typer.Option(help="What is read of the chunks: memories, texts, or nothing."),
+    Literal["memory", "mixed", "text", "closed"],
+    typer.Option(
+        help="What is read of the chunks: memories, the best as text and the others' memories, "
+        "texts, or nothing."
+    ),
 ]
 Fallback = Annotated[
     Path | None,

@@ -15,9 +15,16 @@ from softrag.answer import Mode
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeResult, TorchDecoder
+from softrag.embedder import Embedder
 from softrag.evaluation import Question, score
 from softrag.model import SoftRAGModel
-from softrag.question_set import SetMemories, answer_set, compress_set, texts_of
+from softrag.question_set import (
+    SetMemories,
+    answer_set,
+    compress_set,
+    nearest_first,
+    texts_of,
+)
 from softrag.router import Router
 
 RIGHT = 50.0
@@ -111,6 +118,7 @@ def answer_rows(
     max_new_tokens: int = 64,
     with_state: bool = False,
     lookahead: int = 0,
+    embedder: Embedder | None = None,
     on_answers: Callable[[str, int], None] | None = None,
 ) -> Iterator[Row]:
     """Answer the same questions from the same documents in several ways, and yield the rows.
@@ -125,20 +133,23 @@ def answer_rows(
         max_new_tokens: Most tokens of an answer.
         with_state: Whether mode "memory" brings the state that a router may look at.
         lookahead: First tokens of whose text mode "memory" brings, for a router.
+        embedder: Finds the document that mode "mixed" reads as text; None takes the first, as of
+            documents that a search found.
         on_answers: Called with the row's name and the number of new answers.
     """
     distinct = {text for question in questions for text in texts_of(question)}
     memories: SetMemories | None = None
-    if "memory" in modes and model.compressor is not None:
+    if {"memory", "mixed"} & set(modes) and model.compressor is not None:
         memories = compress_set(questions, model.compressor)
     for mode in modes:
         for codec in codecs if mode == "memory" and memories and memories.by_text else codecs[:1]:
-            read = memories.encoded(codec) if mode == "memory" and memories else None
+            reads_memories = mode in ("memory", "mixed") and memories is not None
+            read = memories.encoded(codec) if reads_memories and memories else None
             name = _row_name(
                 model.name, mode, codec if len(codecs) > 1 and read and read.by_text else None
             )
             answered = answer_set(
-                questions,
+                nearest_first(questions, embedder) if mode == "mixed" and embedder else questions,
                 mode=mode,
                 decoder=model.decoder,
                 compressor=model.compressor,
@@ -153,7 +164,8 @@ def answer_rows(
                 "closed": 0,
                 "text": sum(len(text.encode()) for text in distinct),
                 "memory": read.nbytes if read else 0,
-            }[mode]
+            }
+            stored["mixed"] = stored["memory"] + stored["text"]
             yield Row(
                 name=name,
                 model=model.name,
@@ -163,7 +175,7 @@ def answer_rows(
                 compress_s=(answered.compress_s + (read.compress_s if read else 0))
                 / len(questions),
                 decode_s=answered.decode_s / len(questions),
-                stored_bytes=stored / max(1, len(distinct)),
+                stored_bytes=stored[mode] / max(1, len(distinct)),
             )
 
 

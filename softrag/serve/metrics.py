@@ -76,10 +76,11 @@ class Metrics:
         if usage.text_prompt_tokens is not None:
             # Chunks of a few words can cost more as memories.
             self._saved.inc(max(0, usage.text_prompt_tokens - usage.prompt_tokens))
-        if answer.mode == "memory":
-            stored = sum(hit.memory is not None for hit in answer.sources)
+        if answer.mode in ("memory", "mixed"):
+            read = answer.sources[answer.mode == "mixed" :]
+            stored = sum(hit.memory is not None for hit in read)
             self._memories.labels("store").inc(stored)
-            self._memories.labels("made").inc(len(answer.sources) - stored)
+            self._memories.labels("made").inc(len(read) - stored)
 
     def render(self) -> bytes:
         """Return everything in Prometheus' text format."""

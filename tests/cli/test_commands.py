@@ -127,6 +127,15 @@ def test_ask_shows_the_answer_its_sources_and_what_text_would_have_cost(store):
     }
 
 
+def test_ask_reads_the_best_chunk_as_text_when_told(store):
+    options = ("--mode", "mixed", "--max-new-tokens", 2, "--json")
+    answer = json.loads(run("ask", QUESTION, *options, store=store).stdout)
+
+    usage = answer["usage"]
+    assert answer["mode"] == "mixed"
+    assert 0 < usage["soft_tokens"] < usage["prompt_tokens"] < usage["text_prompt_tokens"]
+
+
 def test_ask_reads_text_or_nothing_when_told(store):
     def ask(mode):
         options = ("--mode", mode, "--max-new-tokens", 2, "--json")
@@ -263,6 +272,16 @@ def test_chat_answers_line_by_line_from_a_pipe(store):
     ]
 
 
+def test_chat_answers_lines_with_bytes_that_are_no_text(store):
+    lines = b"Where is M\xfcnchen?\nWhere is Paris?\n"
+
+    result = run("chat", "--json", "--max-new-tokens", 1, store=store, input=lines)
+
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["question"] for each in answers] == ["Where is M\ufffdnchen?", "Where is Paris?"]
+
+
 def test_asking_a_collection_that_is_not_there_makes_none(store):
     asked = run("ask", QUESTION, "--collection", "typo", store=store)
 
@@ -334,6 +353,20 @@ def test_eval_compares_modes_on_a_file_that_brings_its_documents(tmp_path, name)
     tokens = {mode: scores["prompt_tokens"] for mode, scores in values["modes"].items()}
     assert tokens["closed"] < tokens["memory"] < tokens["text"]
     assert not (tmp_path / "unused").exists()
+
+
+def test_eval_puts_mixed_between_memories_and_text(tmp_path):
+    file = write_questions(tmp_path / "questions.jsonl")
+
+    options = ("--modes", "memory,mixed,text", "--limit", 3, "--max-new-tokens", 4, "--json")
+    result = run("eval", file, *options, store=tmp_path / "unused")
+
+    assert result.exit_code == 0, result.output
+    modes = json.loads(result.stdout)["modes"]
+    memory, mixed, text = (modes[name] for name in ("memory", "mixed", "text"))
+    assert memory["prompt_tokens"] < mixed["prompt_tokens"] < text["prompt_tokens"]
+    both = memory["stored_bytes"] + text["stored_bytes"]
+    assert mixed["stored_bytes"] == pytest.approx(both)
 
 
 def test_eval_runs_only_the_modes_that_are_named(tmp_path):
@@ -522,14 +555,17 @@ def test_demo_indexes_asks_and_compares(tmp_path, folder, monkeypatch):
 
     assert human.exit_code == machine.exit_code == 0, human.output
     assert "from memories: " in human.stdout
+    assert "mixed: " in human.stdout
     assert "from text:" in human.stdout
     assert "softrag ask" in human.stdout
     values = json.loads(machine.stdout)
     assert values["index"]["chunks_unchanged"] == 8
     for pair in values["questions"]:
-        assert [pair[mode]["mode"] for mode in ("memory", "text")] == ["memory", "text"]
-        assert pair["memory"]["usage"]["prompt_tokens"] < pair["text"]["usage"]["prompt_tokens"]
-        assert pair["memory"]["sources"] == pair["text"]["sources"]
+        memory, mixed, text = (pair[mode] for mode in ("memory", "mixed", "text"))
+        assert [each["mode"] for each in (memory, mixed, text)] == ["memory", "mixed", "text"]
+        tokens = [each["usage"]["prompt_tokens"] for each in (memory, mixed, text)]
+        assert tokens == sorted(set(tokens))
+        assert memory["sources"] == mixed["sources"] == text["sources"]
 
 
 def test_help_does_not_wait_for_the_models_libraries():

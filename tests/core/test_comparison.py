@@ -119,6 +119,24 @@ def test_every_mode_and_codec_is_a_row_with_its_costs(loaded):
     assert exact.results[0].token_logprobs != coarse.results[0].token_logprobs
 
 
+def test_mixed_reads_the_text_that_is_nearest_to_the_question(loaded):
+    near = "What is said in 1? Nothing that is of any use."
+    questions = [question(1, SENTENCES[1], near, SENTENCES[0])]
+
+    def tokens(embedder) -> float:
+        (row,) = answer_rows(questions, loaded, modes=["mixed"], embedder=embedder)
+        assert row.stored_bytes > sum(map(len, [*SENTENCES[:2], near])) / 3
+        return row.prompt_tokens[0]
+
+    def read(text: str, *others: str) -> int:
+        memories = loaded.compressor.compress(others)
+        return loaded.decoder.prompt_tokens(questions[0].question, [text, *memories])
+
+    assert tokens(HashingEmbedder()) == read(near, SENTENCES[1], SENTENCES[0])
+    assert tokens(None) == read(SENTENCES[1], near, SENTENCES[0])
+    assert len({tokens(None), tokens(HashingEmbedder())}) == 2
+
+
 def test_a_query_dependent_model_stores_nothing(tmp_path):
     model = build_model(query_dependent=True)
     loaded = LoadedModel(name="online", decoder=TorchDecoder(model), compressor=Compressor(model))

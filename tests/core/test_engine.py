@@ -17,7 +17,7 @@ from softrag.answer import AnswerStream
 from softrag.asynchronous import AsyncAnswerStream
 from softrag.batching import MicroBatcher
 from softrag.compressor import Compressor
-from softrag.decoder import TorchDecoder
+from softrag.decoder import DecodeRequest, TorchDecoder
 from softrag.documents import Document, document_text
 from softrag.engine import SoftRAG
 from softrag.errors import (
@@ -92,8 +92,52 @@ def test_the_three_modes_read_memories_texts_and_nothing(engine):
     assert memory.usage.text_prompt_tokens == text.usage.prompt_tokens
     assert closed.sources == []
     assert closed.usage.prompt_tokens < memory.usage.prompt_tokens < text.usage.prompt_tokens
-    with pytest.raises(ValueError, match="mode must be one of memory, text, closed"):
+    with pytest.raises(ValueError, match="mode must be one of memory, mixed, text, closed"):
         engine.ask(QUESTION, mode="magic")
+
+
+def test_mixed_reads_the_text_of_the_best_chunk_and_the_memories_of_the_others(engine):
+    first, *others = engine.retrieve(QUESTION, 3)
+    documents = (document_text(first.title, first.text), *(hit.memory for hit in others))
+    request = DecodeRequest(question=QUESTION, documents=documents, max_new_tokens=6)
+    (expected,) = engine.decoder.generate([request])
+
+    answer = engine.ask(QUESTION, k=3, mode="mixed", max_new_tokens=6)
+
+    assert (answer.text, answer.mode) == (expected.text, "mixed")
+    assert [hit.id for hit in answer.sources] == [first.id, *(hit.id for hit in others)]
+    assert answer.usage.prompt_tokens == engine.decoder.prompt_tokens(QUESTION, documents)
+    assert answer.usage.soft_tokens == sum(len(hit.memory) for hit in others)
+    memory, text = (
+        engine.ask(QUESTION, k=3, mode=mode, max_new_tokens=1).usage for mode in ("memory", "text")
+    )
+    assert memory.prompt_tokens < answer.usage.prompt_tokens < text.prompt_tokens
+    assert answer.usage.text_prompt_tokens == text.prompt_tokens
+    (many,) = engine.ask_many([QUESTION], k=3, mode="mixed", max_new_tokens=6)
+    assert many.text == "".join(engine.stream(QUESTION, k=3, mode="mixed", max_new_tokens=6))
+    assert many.text == answer.text
+    assert engine.answer_from(QUESTION, [], mode="mixed", max_new_tokens=1).sources == []
+    with pytest.raises(ValueError, match="came without its text"):
+        engine.answer_from(QUESTION, [first.memory], mode="mixed")
+
+
+def test_mixed_makes_no_memory_of_what_it_reads_as_text(engine, monkeypatch):
+    compressed = []
+    compress = engine.compressor.compress
+
+    def noted(documents, questions=None):
+        compressed.extend(documents)
+        return compress(documents, questions)
+
+    monkeypatch.setattr(engine.compressor, "compress", noted)
+    texts = SENTENCES[:3]
+
+    answer = engine.answer_from(QUESTION, texts, mode="mixed", max_new_tokens=2)
+
+    assert compressed == texts[1:]
+    assert answer.timings.compress_s > 0
+    engine.answer_from(QUESTION, texts[:1], mode="mixed", max_new_tokens=2)
+    assert compressed == texts[1:]
 
 
 def test_a_stream_is_the_answer_in_pieces(engine):
@@ -694,6 +738,11 @@ def test_a_rerank_head_chooses_what_is_read_among_more_candidates():
         stream = engine.stream(QUESTION, k=3, candidates=8, max_new_tokens=4)
         assert many.text == chosen.text == "".join(stream)
         assert [hit.id for hit in stream.sources] == best(8)
+        mixed = engine.ask(QUESTION, k=3, candidates=8, mode="mixed", max_new_tokens=4)
+        assert [hit.id for hit in mixed.sources] == best(8)
+        assert mixed.usage.soft_tokens == chosen.usage.soft_tokens - len(
+            next(m for hit, m in zip(found, memories, strict=True) if hit.id == best(8)[0])
+        )
         # Given sources keep their order, and text is read as it was found.
         given = engine.answer_from(QUESTION, found[:3], max_new_tokens=4)
         assert [hit.id for hit in given.sources] == [hit.id for hit in found[:3]]

@@ -93,6 +93,44 @@ def test_the_chain_answers_as_the_engine(chain, engine):
         assert [source.id for source in found["sources"]] == [hit.id for hit in answer.sources]
 
 
+def test_a_mixed_chain_reads_the_best_document_as_text(retriever, llm, engine, chain):
+    mixed = create_softrag_chain(retriever, llm, mode="mixed")
+
+    for question in QUESTIONS:
+        found = mixed.invoke(question)
+        assert found["answer"] == asked(engine, question, mode="mixed").text
+        assert found["sources"] == chain.invoke(question)["sources"]
+        assert "".join(
+            piece.get("answer", "") for piece in mixed.stream(question)
+        ) == found["answer"]  # fmt: skip
+    messages = format_memories(retriever.invoke(QUESTION), mode="mixed")
+    usage = llm.invoke([*messages, ("human", QUESTION)]).usage_metadata
+    assert usage["input_tokens"] == asked(engine, mode="mixed").usage.prompt_tokens
+
+
+async def test_a_mixed_chain_is_the_same_async(retriever, llm, engine):
+    mixed = create_softrag_chain(retriever, llm, mode="mixed")
+    expected = asked(engine, mode="mixed").text
+
+    assert (await mixed.ainvoke(QUESTION))["answer"] == expected
+    pieces = [piece.get("answer", "") async for piece in mixed.astream(QUESTION)]
+    assert "".join(pieces) == expected
+
+
+def test_only_the_first_document_is_read_as_text(llm, retriever):
+    documents = retriever.invoke(QUESTION)
+    twice = [
+        *format_memories(documents, mode="mixed"),
+        *format_memories(documents, mode="mixed"),
+        HumanMessage(QUESTION),
+    ]
+
+    with pytest.raises(ValueError, match="Only the first document can be read as text"):
+        llm.invoke(twice)
+    with pytest.raises(ValueError, match="mode must be one of memory, mixed; found 'text'"):
+        format_memories(documents, mode="text")
+
+
 def test_the_demo_model_answers_the_same_both_ways(demo_engine):
     retriever = SoftRAGQdrantVectorStore(demo_engine).as_retriever(k=3)
     chain = create_softrag_chain(retriever, ChatSoftRAG(engine=demo_engine, max_tokens=12))

@@ -61,6 +61,16 @@ def test_the_chat_calls_answer_as_softrag_does(softrag):
         assert len(streamed) > 2
 
 
+def test_the_best_node_is_read_as_text_when_told_to(softrag):
+    expected = softrag.ask(QUESTION, k=3, mode="mixed", max_new_tokens=8)
+
+    response = SoftRAGLLM(softrag, mode="mixed", max_new_tokens=8).chat(messages(softrag))
+
+    assert response.message.content == expected.text
+    assert response.raw["mode"] == "mixed"
+    assert response.raw["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+
+
 def test_the_completion_calls_answer_without_context_when_told_to(softrag):
     expected = softrag.ask(QUESTION, mode="closed", max_new_tokens=8).text
     llm = SoftRAGLLM(softrag, mode="closed", max_new_tokens=8)

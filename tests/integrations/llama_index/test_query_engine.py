@@ -104,6 +104,18 @@ def test_an_index_takes_the_synthesizer(softrag):
     assert str(engine.query(QUESTION)) == softrag.ask(QUESTION, k=3, max_new_tokens=8).text
 
 
+def test_the_best_chunk_is_read_as_text_when_told_to(softrag):
+    expected = softrag.ask(QUESTION, k=3, mode="mixed", max_new_tokens=8)
+
+    for streaming in (False, True):
+        engine = SoftRAGQueryEngine.from_store(
+            softrag, k=3, mode="mixed", streaming=streaming, max_new_tokens=8
+        )
+        assert str(engine.query(QUESTION)) == expected.text
+    request = softrag.decoder.requests[-1]
+    assert [type(each) for each in request.documents] == [str, Memory, Memory]
+
+
 def test_nothing_found_is_an_empty_response(empty):
     assert str(ours(empty).query(QUESTION)) == "Empty Response"
     streamed = ours(empty, streaming=True).query(QUESTION)
