@@ -7,7 +7,7 @@ A collator says what is compressed and where its memory goes: here an article's 
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 import softrag
 from softrag import SoftRAGConfig, SoftRAGModel
@@ -37,6 +37,7 @@ class TitleCollator(MemoryCollator):
         return Lesson([document], PromptRow([*shown, *taught], answer_start=len(shown)))
 
 
+set_seed(0)  # the base is random
 with tempfile.TemporaryDirectory() as folder:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(folder)

@@ -136,7 +136,7 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_repeated(
     assert "after: not run, needs ['broken']" in capsys.readouterr().out
     sound = by_name["sound"]
     assert (sound["failed"], sound["steps"], sound["commit"]) == (None, 1, "abc")
-    assert set(sound["scores"]["questions"]["memory"]) == {"em", "f1", "match"}
+    assert set(sound["scores"]["questions"]["memory"]) == {"em", "f1", "match", "prompt_tokens"}
     table = (on.out / "table.md").read_text()
     assert "| broken | 0 | failed: training" in table
     assert "| sound | 0 | 1.0, 1 | 1 |" in table
