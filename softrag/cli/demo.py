@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from softrag.engine import SoftRAG
 
 MAX_NEW_TOKENS = 48
-# What is read in each mode, in the order it is shown.
+# What the modes are called, in the order they are shown.
 NAMES: dict[Mode, str] = {
     "memory": "memories",
-    "mixed": "memories, the best chunk as text",
+    "mixed": "mixed",
     "text": "text",
 }
 
@@ -133,7 +133,7 @@ def _print_summary(
     console.print(table)
     console.print(
         "The demo model is small and briefly trained: its memories save tokens and time, but it "
-        "often misreads them. --mode mixed reads the best chunk as text.",
+        "often misreads them. Mixed reads the best chunk as text and the others from memories.",
         style="dim",
     )
 
