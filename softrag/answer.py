@@ -13,6 +13,11 @@ Mode = Literal["memory", "mixed", "text", "closed"]
 memories of the others, their text, or nothing."""
 
 
+def reads_memories(mode: Mode) -> bool:
+    """Tell whether a mode reads memories of some of the chunks at least."""
+    return mode in ("memory", "mixed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """What an answer cost, in decoder tokens.

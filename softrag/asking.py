@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple, get_args
 
-from softrag.answer import Answer, Mode, Timings, Usage
+from softrag.answer import Answer, Mode, Timings, Usage, reads_memories
 from softrag.checks import check_text, check_texts
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult
@@ -158,7 +158,7 @@ def prepare(
         check_texts("sources", question.sources, or_else=(Hit, Memory))
     started = perf_counter()
     documents: list[list[Memory | str]]
-    if mode in ("memory", "mixed"):
+    if reads_memories(mode):
         questions, documents = _compressed(questions, mode, compressor)
     elif mode == "text":
         documents = [[_text(source) for source in question.sources] for question in questions]
@@ -180,7 +180,7 @@ def prepare(
             question=question,
             mode=mode,
             text_prompt_tokens=_text_prompt_tokens(question, mode, decoder),
-            compress_s=compress_s if mode in ("memory", "mixed") else 0.0,
+            compress_s=compress_s if reads_memories(mode) else 0.0,
         )
         for question, read in zip(questions, documents, strict=True)
     ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softrag.answer import AddReport, Answer, AnswerStream, Mode
+from softrag.answer import AddReport, Answer, AnswerStream, Mode, reads_memories
 from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, check_question, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
@@ -461,9 +461,8 @@ class SoftRAG:
         if mode == "closed":
             return Asked(question, [], started)
         # Memories for a question are made when it is asked; text needs none.
-        compressed = mode in ("memory", "mixed")
-        stored = compressed and not (self.compressor and self.compressor.query_dependent)
-        keep = k if reranks and compressed else None
+        stored = reads_memories(mode) and not (self.compressor and self.compressor.query_dependent)
+        keep = k if reranks and reads_memories(mode) else None
         found = k if keep is None else candidates or 2 * k
         hits = self._search(question, found, where, with_memories=stored)
         return Asked(question, hits, started, perf_counter() - started, keep)

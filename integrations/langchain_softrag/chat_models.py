@@ -18,7 +18,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, model_validator
 
-from langchain_softrag.messages import HandleSource, ReadMode, read_messages
+from langchain_softrag.messages import HandleSource, ReadMode, TextSource, read_messages
 from softrag import Answer, Decoder, Memory, SoftRAG
 
 # One per loaded decoder; see `_identifying_params`.
@@ -160,11 +160,17 @@ class ChatSoftRAG(BaseChatModel):
         prompt = read_messages(messages)
         keys = [source.key for source in prompt.sources if isinstance(source, HandleSource)]
         memories = iter(self.engine.resolve(keys))
-        sources = [
-            next(memories) if isinstance(source, HandleSource) else source
-            for source in prompt.sources
-        ]
-        return prompt.question, sources, prompt.mode
+        sources: list[Memory | str] = []
+        mode: ReadMode = "memory"
+        for source in prompt.sources:
+            if isinstance(source, HandleSource):
+                sources.append(next(memories))
+            elif isinstance(source, TextSource):
+                sources.append(source.text)
+                mode = "mixed"
+            else:
+                sources.append(source)
+        return prompt.question, sources, mode
 
     def _decoding(self, stop: list[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the engine's arguments: the call's options, or else the model's."""

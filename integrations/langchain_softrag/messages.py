@@ -44,18 +44,24 @@ class HandleSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A text to be read as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What messages ask.
 
     Attributes:
         question: The last human words; what was said before stands in front of them.
-        sources: Memories by key, and texts to be compressed, in order.
-        mode: "mixed" where the first source is a text to be read as it is.
+        sources: Memories by key, and texts to be compressed, in order; the first may be a text to
+            be read as it is.
     """
 
     question: str
-    sources: list[HandleSource | str]
-    mode: ReadMode
+    sources: list[HandleSource | TextSource | str]
 
 
 def format_memories(
@@ -87,8 +93,7 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
     Raises:
         ValueError: A message is of a kind that softrag cannot read, or none asks anything.
     """
-    sources: list[HandleSource | str] = []
-    texts: list[int] = []
+    sources: list[HandleSource | TextSource | str] = []
     turns: list[tuple[str, str]] = []
     for message in messages:
         speaker = next((_SPEAKERS[kind] for kind in _SPEAKERS if isinstance(message, kind)), None)
@@ -98,7 +103,7 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
                 f"{type(message).__name__}. Let another model use tools, with a softrag chain as "
                 "one of them."
             )
-        text = _read_content(message.content, sources, texts)
+        text = _read_content(message.content, sources)
         if text.strip():
             turns.append((speaker, text))
     asked: list[str] = []
@@ -115,13 +120,14 @@ def read_messages(messages: Sequence[BaseMessage]) -> Prompt:
     if turns:
         said = "\n".join(speaker + text for speaker, text in turns)
         question = f"{said}\n\n{question}"
+    texts = [place for place, each in enumerate(sources) if isinstance(each, TextSource)]
     if texts not in ([], [0]):
         raise ValueError(
             f"Only the first document can be read as text, found texts at the places {texts} of "
             f"{len(sources)}. Make one message of all documents: format_memories(documents, "
             "mode='mixed')."
         )
-    return Prompt(question=question, sources=sources, mode="mixed" if texts else "memory")
+    return Prompt(question=question, sources=sources)
 
 
 def _value(document: Document, *, as_text: bool) -> dict[str, str]:
@@ -133,13 +139,8 @@ def _value(document: Document, *, as_text: bool) -> dict[str, str]:
     return {"type": MEMORY, "handle": handle}
 
 
-def _read_content(
-    content: str | list[str | dict[Any, Any]], sources: list[Any], as_text: list[int]
-) -> str:
-    """Return the text of a message's content; add its documents to `sources`.
-
-    To `as_text` go the places of those that are to be read as text.
-    """
+def _read_content(content: str | list[str | dict[Any, Any]], sources: list[Any]) -> str:
+    """Return the text of a message's content, and add its documents to `sources`."""
     if isinstance(content, str):
         return content
     texts = []
@@ -149,18 +150,17 @@ def _read_content(
         elif block.get("type") == "text":
             texts.append(block["text"])
         else:
-            source, is_text = _read_source(block)
-            as_text += [len(sources)] if is_text else []
-            sources.append(source)
+            sources.append(_read_source(block))
     return "\n".join(texts)
 
 
-def _read_source(block: dict[Any, Any]) -> tuple[HandleSource | str, bool]:
-    """Return a document, and whether it is to be read as text."""
+def _read_source(block: dict[Any, Any]) -> HandleSource | TextSource | str:
     value = block.get("value") if block.get("type") == "non_standard" else None
     kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(value, dict) and kind in (DOCUMENT, TEXT):
-        return str(value["text"]), kind == TEXT
+    if isinstance(value, dict) and kind == DOCUMENT:
+        return str(value["text"])
+    if isinstance(value, dict) and kind == TEXT:
+        return TextSource(text=str(value["text"]))
     if isinstance(value, dict) and kind == MEMORY:
         keys = find_handles(str(value.get("handle")))
         if len(keys) != 1:
@@ -168,7 +168,7 @@ def _read_source(block: dict[Any, Any]) -> tuple[HandleSource | str, bool]:
                 f"A memory block holds {str(value.get('handle'))[:60]!r} instead of one handle. "
                 "Make blocks with format_memories."
             )
-        return HandleSource(key=keys[0]), False
+        return HandleSource(key=keys[0])
     raise ValueError(
         f"ChatSoftRAG reads text and memories, found a block of type {block.get('type')!r}. Leave "
         "it out; make memory blocks with format_memories."

@@ -121,6 +121,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure what memories cost and save on your own questions."""
+    from softrag.answer import reads_memories
     from softrag.cli.evaluation_table import print_calibration, print_comparison
     from softrag.cli.show import print_json
     from softrag.comparison import (
@@ -162,7 +163,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         # Its tokenizer measures the chunks of files.
-        with_compressor=bool({"memory", "mixed"} & set(wanted)) or corpus is not None,
+        with_compressor=any(map(reads_memories, wanted)) or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
         lookahead=router.lookahead if router else LOOKAHEAD if calibrate else 0,
         quiet=json,

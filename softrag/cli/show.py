@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from softrag.answer import AddReport, Answer
+from softrag.answer import AddReport, Answer, reads_memories
 from softrag.documents import Hit
 
 
@@ -82,7 +82,7 @@ def costs(answer: Answer) -> str:
     """Say what an answer cost, and what text would have."""
     usage, timings = answer.usage, answer.timings
     prompt = f"{usage.prompt_tokens} prompt tokens"
-    if answer.mode in ("memory", "mixed") and usage.text_prompt_tokens:
+    if reads_memories(answer.mode) and usage.text_prompt_tokens:
         prompt += f" instead of {usage.text_prompt_tokens} as text ({saved(answer):.0%} saved)"
     return (
         f"{prompt} · {usage.completion_tokens} written\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softrag.answer import Mode
+from softrag.answer import Mode, reads_memories
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeResult, TorchDecoder
@@ -139,12 +139,11 @@ def answer_rows(
     """
     distinct = {text for question in questions for text in texts_of(question)}
     memories: SetMemories | None = None
-    if {"memory", "mixed"} & set(modes) and model.compressor is not None:
+    if any(map(reads_memories, modes)) and model.compressor is not None:
         memories = compress_set(questions, model.compressor)
     for mode in modes:
         for codec in codecs if mode == "memory" and memories and memories.by_text else codecs[:1]:
-            reads_memories = mode in ("memory", "mixed") and memories is not None
-            read = memories.encoded(codec) if reads_memories and memories else None
+            read = memories.encoded(codec) if memories and reads_memories(mode) else None
             name = _row_name(
                 model.name, mode, codec if len(codecs) > 1 and read and read.by_text else None
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softrag.answer import Answer
+from softrag.answer import Answer, reads_memories
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
@@ -76,7 +76,7 @@ class Metrics:
         if usage.text_prompt_tokens is not None:
             # Chunks of a few words can cost more as memories.
             self._saved.inc(max(0, usage.text_prompt_tokens - usage.prompt_tokens))
-        if answer.mode in ("memory", "mixed"):
+        if reads_memories(answer.mode):
             read = answer.sources[answer.mode == "mixed" :]
             stored = sum(hit.memory is not None for hit in read)
             self._memories.labels("store").inc(stored)

@@ -100,9 +100,8 @@ def test_a_mixed_chain_reads_the_best_document_as_text(retriever, llm, engine, c
         found = mixed.invoke(question)
         assert found["answer"] == asked(engine, question, mode="mixed").text
         assert found["sources"] == chain.invoke(question)["sources"]
-        assert "".join(
-            piece.get("answer", "") for piece in mixed.stream(question)
-        ) == found["answer"]  # fmt: skip
+        pieces = [piece.get("answer", "") for piece in mixed.stream(question)]
+        assert "".join(pieces) == found["answer"]
     messages = format_memories(retriever.invoke(QUESTION), mode="mixed")
     usage = llm.invoke([*messages, ("human", QUESTION)]).usage_metadata
     assert usage["input_tokens"] == asked(engine, mode="mixed").usage.prompt_tokens
