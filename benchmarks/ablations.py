@@ -105,6 +105,8 @@ class Machine:
             "run.eval_rows": 4,
             "run.eval_every": 1,
             "run.log_every": 1,
+            # It would not fit the tiny model.
+            "warm_start.checkpoint": "null",
         }
         if run.stage == "finetune":
             settings |= {"data.max_new_tokens": 2, "replay.samples": 50}
@@ -359,6 +361,7 @@ def main() -> int:
     parser.add_argument("--texts", nargs="+", default=[], help="what {texts} stands for")
     parser.add_argument("--questions", nargs="+", default=[], help="what {questions} stands for")
     parser.add_argument("--qa-dev", nargs="+", default=[], help="what {dev} stands for, scored on")
+    parser.add_argument("--start", default="softrag-demo", help="what {start} stands for")
     parser.add_argument("--limit", type=int, default=300, help="questions scored of each set")
     parser.add_argument("--only", nargs="+", help="these runs, and what they need")
     parser.add_argument("--seed", type=int, help="of the runs of --only, as new runs NAME@SEED")
@@ -372,7 +375,12 @@ def main() -> int:
     revision = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     machine = Machine(
         out=options.out,
-        files={"texts": options.texts, "questions": options.questions, "dev": options.qa_dev},
+        files={
+            "texts": options.texts,
+            "questions": options.questions,
+            "dev": options.qa_dev,
+            "start": [options.start],
+        },
         limit=options.limit if not options.dry else 2,
         tiny=build_tiny(options.out / "tiny") if options.dry else None,
         commit=subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip(),

@@ -28,7 +28,7 @@ def ablations() -> ModuleType:
 
 
 def machine(ablations: ModuleType, out: Path, **files: list[str]):
-    kinds = {"texts": [], "questions": [], "dev": []} | files
+    kinds = {"texts": [], "questions": [], "dev": [], "start": ["softrag-demo"]} | files
     return ablations.Machine(out=out, files=kinds, limit=3, tiny=None, commit="abc")
 
 
@@ -75,10 +75,10 @@ def test_chosen_runs_get_another_seed_and_what_they_need_keeps_its_own(
 ) -> None:
     runs = ablations.read_plan(BENCHMARKS / "plans" / "ablations.yaml")
 
-    chosen = ablations.choose(runs, ["distilled-qa", "replay-qa"], 1)
+    chosen = ablations.choose(runs, ["distilled", "rate-4"], 1)
 
     assert {name: run.seed for name, run in chosen.items()} == {
-        "base": 0, "text": 0, "distilled-qa@1": 1, "replay-qa@1": 1,
+        "distilled@1": 1, "rate-4@1": 1,
     }  # fmt: skip
 
 

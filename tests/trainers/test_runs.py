@@ -24,7 +24,7 @@ from softrag_trainers.__main__ import main
 from softrag_trainers.options import Finetune, Pretrain, PretrainingData, read_options
 from softrag_trainers.pretraining import TextPieces
 from softrag_trainers.runs import finetune, score_questions
-from tests.checkpoints import build_model
+from tests.checkpoints import build_checkpoint, build_model
 from tests.trainers.tiny import (
     question_records,
     question_rows,
@@ -203,6 +203,33 @@ def test_an_int8_checkpoint_is_taken_up_where_it_was_left(
         )
 
 
+def test_a_new_architecture_takes_the_weights_that_fit_it(tmp_path: Path, questions: str) -> None:
+    trained = build_model(compressor_layers=1, readout="words", seed=3)
+    trained.save_pretrained(tmp_path / "trained")
+    theirs = trained.trained_state()
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    common = [
+        "finetune", f"data.train=[{questions}]", *SHORT_ANSWERS, *still, *tiny_arch(),
+        "run.storage=full", "arch.readout=ordered", "arch.question_first=true",
+        f"warm_start.checkpoint={tmp_path / 'trained'}",
+    ]  # fmt: skip
+
+    assert main([*common, f"out_dir={tmp_path / 'all'}"]) == 0
+    assert main([*common, "warm_start.parts=[decoder]", f"out_dir={tmp_path / 'decoder'}"]) == 0
+
+    found = SoftRAGModel.from_pretrained(tmp_path / "all", dtype=torch.float32)
+    assert found.config.readout == "ordered"
+    assert found.config.rag_prompt["user"].startswith("Question: {question}")
+    state = found.trained_state()
+    assert set(state) - set(theirs) == {"ordered_states.by_place", "ordered_states.join.weight"}
+    for name, tensor in theirs.items():
+        assert torch.equal(state[name], tensor), name
+    partly = SoftRAGModel.from_pretrained(tmp_path / "decoder", dtype=torch.float32)
+    for name, tensor in partly.trained_state().items():
+        if name in theirs and theirs[name].std() > 0:
+            assert torch.equal(tensor, theirs[name]) == name.startswith("decoder."), name
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_dropout_is_set_for_a_checkpoint_and_rests_while_evaluating(
     tmp_path: Path, texts: str, questions: str, stage: str
@@ -358,6 +385,15 @@ def test_misuse_is_answered_with_the_reason_and_exit_code_2(
         (["finetune", "model=nowhere", "data.train=[{questions}]"], "nowhere"),
         (["finetune", "data.train=[{questions}]", "run.storage=int3"], "'int3'"),
         (["finetune", "data.train=[{questions}]", "data.rates=[8,16]"], "rate is 4, which is not"),
+        (
+            [
+                "finetune",
+                "data.train=[{questions}]",
+                "warm_start.checkpoint={checkpoint}",
+                "warm_start.parts=[encoder]",
+            ],
+            "no tensor has the same name and shape",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named_with_exit_code_1(
@@ -367,7 +403,8 @@ def test_what_cannot_be_used_is_named_with_exit_code_1(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [argument.format(questions=questions) for argument in arguments]
+    found = {"questions": questions, "checkpoint": build_checkpoint()}
+    arguments = [argument.format(**found) for argument in arguments]
     options = [*tiny_arch(), *SHORT, f"out_dir={tmp_path / 'model'}"]
 
     assert main([*arguments, *options]) == 1

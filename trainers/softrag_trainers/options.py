@@ -24,11 +24,13 @@ class Architecture:
         rate: Document tokens per soft token; when asking, where `data.rates` are several.
         memory_tokens: A fixed number of soft tokens; null: by the rate.
         max_document_tokens: Longest document of one memory.
-        readout: "memory", "window" or "words".
+        readout: "memory", "window", "words" or "ordered".
         connector_hidden: Width of the connector; null: no connector.
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
         lora_alpha: Scale of the adapters, as a multiple of their rank.
+        question_first: The question stands in front of the documents too, so that the decoder
+            knows what to look for while it reads them.
     """
 
     decoder: str = "smollm2-135m-instruct"
@@ -42,6 +44,22 @@ class Architecture:
     decoder_lora_r: int = 64
     compressor_lora_r: int = 0
     lora_alpha: float = 2.0
+    question_first: bool = False
+
+
+@dataclass
+class WarmStart:
+    """Where a model that `arch` builds takes weights from; the rest starts anew.
+
+    A decoder that reads memories teaches another compressor much faster than one that doesn't.
+
+    Attributes:
+        checkpoint: Its tensors are taken where name and shape agree; null: none are.
+        parts: Beginnings of the names of what is taken, such as "decoder"; empty: everything.
+    """
+
+    checkpoint: str | None = None
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -210,6 +228,7 @@ class Pretrain:
         out_dir: Where the model is written.
         model: A checkpoint to continue from; null: start from the base models of `arch`.
         arch: What to build.
+        warm_start: Weights for what is built.
         data: Texts and tasks.
         optimizer: Learning rates, batch, length.
         run: How it is carried out.
@@ -218,6 +237,7 @@ class Pretrain:
     out_dir: str = MISSING
     model: str | None = None
     arch: Architecture = field(default_factory=Architecture)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     data: PretrainingData = field(default_factory=PretrainingData)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
@@ -236,6 +256,7 @@ class Finetune:
         teacher: A checkpoint fine-tuned with data.text_share=1, to learn its answers' token
             distributions from (logit distillation); null: learn from labels alone.
         arch: What to build when there is no model.
+        warm_start: Weights for what is built.
         data: Questions.
         replay: Texts that go on teaching the compressor, and keep the questions from being learned
             by heart.
@@ -250,6 +271,7 @@ class Finetune:
     rerank: bool = False
     teacher: str | None = None
     arch: Architecture = field(default_factory=Architecture)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     data: QuestionData = field(default_factory=QuestionData)
     replay: ReplayedTexts = field(default_factory=ReplayedTexts)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -16,14 +16,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from softrag.adapters import set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
-from softrag.config import SoftRAGConfig
+from softrag.config import QUESTION_FIRST, SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
 from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
 from softrag_trainers.finetuning import FineTuningCollator, Replay, Rows, cut_text
-from softrag_trainers.options import Finetune, Pretrain, TextLessons
+from softrag_trainers.options import Finetune, Pretrain, TextLessons, WarmStart
 from softrag_trainers.pretraining import PretrainingCollator, TextPieces
 from softrag_trainers.processes import take_device
 from softrag_trainers.reranking import score_reranking
@@ -242,10 +242,31 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
         connector_hidden=arch.connector_hidden,
         decoder_lora=lora(arch.decoder_lora_r),
         compressor_lora=lora(arch.compressor_lora_r),
+        rag_prompt={"user": QUESTION_FIRST} if arch.question_first else {},
     )
-    return SoftRAGModel.from_base(
-        config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed
-    ).train()
+    model = SoftRAGModel.from_base(config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed)
+    if options.warm_start.checkpoint is not None:
+        _take_weights(model, options.warm_start)
+    return model.train()
+
+
+@torch.no_grad()
+def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
+    assert start.checkpoint is not None
+    known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
+    theirs, taken = known.trained_state(), 0
+    for name, tensor in model.trained_state().items():
+        wanted = not start.parts or name.startswith(tuple(start.parts))
+        if wanted and name in theirs and theirs[name].shape == tensor.shape:
+            tensor.copy_(theirs[name])
+            taken += 1
+    if not taken:
+        raise ValueError(
+            f"Nothing of {start.checkpoint} fits what is built, of the parts "
+            f"{start.parts or 'all'}: no tensor has the same name and shape. Set arch as the "
+            "checkpoint's config.json says, or leave warm_start out."
+        )
+    logger.info("%d of %d tensors from %s", taken, len(model.trained_state()), start.checkpoint)
 
 
 def _freeze_compressor(model: SoftRAGModel) -> None:
