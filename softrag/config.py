@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
 
-READOUTS = ("memory", "window", "words", "ordered")
+READOUTS = ("memory", "window", "words")
 MEMORY_COUNTS = ("document", "row")
 PROMPT_ENCODINGS = ("parts", "whole")
 
@@ -27,8 +27,6 @@ RAG_PROMPT = {
     "text": "{document}",
     "document_separator": "\n",
 }
-QUESTION_FIRST = "Question: {question}\n\nBackground:\n{documents}\n\nQuestion: {question}"
-"""A user's turn that says the question twice, so that the decoder reads documents for it."""
 
 
 class SoftRAGConfig(PreTrainedConfig):
@@ -71,8 +69,6 @@ class SoftRAGConfig(PreTrainedConfig):
             with the mean of the window's last states (mean pooling: arXiv 2510.20797). `"words"`:
             the same, and the mean of the window's embeddings is added to the soft token through a
             linear map, so that a decoder of the same family finds a window by its words.
-            `"ordered"`: the same, and the window's last states are added one by one, through a
-            linear map for each place in a window, so that their order need not be learned.
         connector_hidden: Width of the connector's hidden layer; None is the identity, for a
             compressor that shares the decoder's backbone.
         decoder_lora: `{"r", "alpha", "dropout"}` of the decoder's adapters; None: no adapters.

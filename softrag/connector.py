@@ -29,31 +29,3 @@ class Connector(nn.Module):
         factor = rms / self(states).float().pow(2).mean().sqrt().clamp_min(1e-12)
         self.down.weight.mul_(factor)
         self.down.bias.mul_(factor)
-
-
-class OrderedStates(nn.Module):
-    """A part of a soft token: its window's states, each through a linear map of its own place.
-
-    Starts as nothing: the last map's weights are zeros.
-    """
-
-    place_features = 64
-    """Of what is kept of a state; 16 of them are a few more than a small decoder's width."""
-
-    def __init__(self, in_features: int, places: int, out_features: int) -> None:
-        """Make the maps, for windows of so many places."""
-        super().__init__()
-        by_place = torch.randn(places, in_features, self.place_features) * in_features**-0.5
-        self.by_place = nn.Parameter(by_place)
-        self.join = nn.Linear(places * self.place_features, out_features, bias=False)
-        nn.init.zeros_(self.join.weight)
-
-    @property
-    def places(self) -> int:
-        """Of a window."""
-        return len(self.by_place)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map `(memory, places, in_features)` to `(memory, out_features)`."""
-        seen = torch.bmm(states.transpose(0, 1), self.by_place.to(states.dtype))
-        return self.join(seen.transpose(0, 1).flatten(1))

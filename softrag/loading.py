@@ -77,7 +77,7 @@ def _initialise_new_weights(model: SoftRAGModel) -> None:
         model.rerank_embedding.copy_(words.mean(0))
     embeddings = model.decoder.get_input_embeddings().weight.float()
     model.auto_encoding_embedding.copy_(embeddings.mean(0))
-    if model.config.readout in ("words", "ordered"):
+    if model.config.readout == "words":
         # Two models of one family share their words' embeddings; others learn from nothing.
         same = words.shape == embeddings.shape and torch.equal(words, embeddings)
         initialise = nn.init.eye_ if same else nn.init.zeros_
@@ -88,7 +88,7 @@ def _initialise_new_weights(model: SoftRAGModel) -> None:
         ids = torch.cat([ids, ids.new_full((8, 4), model.memory_ids[0])], dim=1)
         read = model.read_documents(ids.flatten(), pack(torch.ones_like(ids)))
         # Beside the words' own embeddings the rest starts small.
-        share = 0.3 if model.config.readout in ("words", "ordered") else 1.0
+        share = 0.3 if model.config.readout == "words" else 1.0
         model.connector.match_scale(
             read.memory.to(model.connector.up.weight.dtype),
             share * embeddings.pow(2).mean().sqrt().item(),
@@ -139,10 +139,8 @@ def load(
         check_fingerprint(model, source.folder)
         model.compressor.to(compressor_dtype)
         model.connector.to(compressor_dtype)
-        if config.readout in ("words", "ordered"):
+        if config.readout == "words":
             model.word_projection.to(compressor_dtype)
-        if config.readout == "ordered":
-            model.ordered_states.to(compressor_dtype)
         # A rerank head stays in float32, to tell like documents apart.
         model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)
     if model.decoder is not None:

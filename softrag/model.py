@@ -32,7 +32,7 @@ from softrag.backbones import (
 )
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
-from softrag.connector import Connector, OrderedStates
+from softrag.connector import Connector
 from softrag.errors import PlaceholderMismatchError
 from softrag.fingerprint import fingerprint_of
 from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
@@ -125,11 +125,8 @@ class SoftRAGModel(PreTrainedModel):
                 if config.connector_hidden is None
                 else Connector(width, config.connector_hidden, decoder_width)
             )
-            if config.readout in ("words", "ordered"):
+            if config.readout == "words":
                 self.word_projection = nn.Linear(width, decoder_width, bias=False)
-            if config.readout == "ordered":
-                places = max(config.rates or [config.rate])
-                self.ordered_states = OrderedStates(width, places, decoder_width)
             if config.connector_hidden is None and width != decoder_width:
                 raise ValueError(
                     f"Without a connector the compressor's width ({width}) must be the decoder's "
@@ -381,10 +378,8 @@ class SoftRAGModel(PreTrainedModel):
         """
         read = self.read_documents(ids, packed)
         soft_tokens = self.connector(read.memory)
-        if read.words is not None and self.config.readout in ("words", "ordered"):
+        if read.words is not None and self.config.readout == "words":
             soft_tokens = soft_tokens + self.word_projection(read.words)
-        if read.ordered is not None:
-            soft_tokens = soft_tokens + self.ordered_states(read.ordered)
         scores = None
         if read.rerank is not None:
             # Not a matrix product: autocast would round it.
@@ -411,7 +406,6 @@ class SoftRAGModel(PreTrainedModel):
             packed.to(self.compressor.device),
             memory_embedding=self.memory_embedding,
             rerank_embedding=self.rerank_embedding if rerank else None,
-            places=self.ordered_states.places if self.config.readout == "ordered" else None,
         )
 
     def _run_compressor(

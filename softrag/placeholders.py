@@ -72,22 +72,6 @@ class Windows:
         total = picked.masked_fill(beyond, 0.0).sum(1, dtype=wide)
         return (total / self.count.clamp_min(1)[:, None]).to(values.dtype)
 
-    def ordered(self, values: torch.Tensor, places: int) -> torch.Tensor:
-        """Line `(text, hidden)` up in each window: `(memory, places, hidden)`.
-
-        A window of more tokens than places has the same number of them, but for the last ones, in
-        each place, added up; 0 where there are none.
-        """
-        widest = max(1, self.members.shape[1])
-        device = values.device
-        share = ((self.count + places - 1) // places).clamp_min(1)[:, None, None]
-        within = torch.arange((widest + places - 1) // places, device=device)
-        step = torch.arange(places, device=device)[:, None] * share + within
-        beyond = (within >= share) | (step >= self.count[:, None, None])
-        chosen = self.members.gather(1, step.clamp_max(widest - 1).flatten(1)).view(step.shape)
-        picked = values.index_select(0, chosen.flatten()).view(*step.shape, values.shape[-1])
-        return picked.masked_fill(beyond[..., None], 0.0).sum(2)
-
 
 class Placeholders(NamedTuple):
     """What stands where in packed documents; T tokens in all.

@@ -16,18 +16,16 @@ Run = Callable[[torch.Tensor, Packed, torch.Tensor], torch.Tensor]
 
 
 class Read(NamedTuple):
-    """What the compressor's states say of documents; tensors are `(n, hidden)`.
+    """What the compressor's states say of documents; all tensors are `(n, hidden)`.
 
     Attributes:
         memory: States of all `<MEM>` tokens.
         words: The mean embeddings of their windows; None where there are no windows.
-        ordered: `(memory, places, hidden)` last states of their windows; None unless asked for.
         rerank: States of all `<RR>` tokens; None from models without a rerank head.
     """
 
     memory: torch.Tensor
     words: torch.Tensor | None
-    ordered: torch.Tensor | None
     rerank: torch.Tensor | None
 
 
@@ -39,7 +37,6 @@ def read_documents(
     *,
     memory_embedding: torch.Tensor,
     rerank_embedding: torch.Tensor | None,
-    places: int | None = None,
 ) -> Read:
     """Run a compressor over packed documents.
 
@@ -50,7 +47,6 @@ def read_documents(
         packed: Where each document stands.
         memory_embedding: `(hidden,)` of every memory token, or `(memory tokens, hidden)`.
         rerank_embedding: `(hidden,)` of the rerank token; None without one.
-        places: Of a window whose states are wanted in order; None: they are not.
     """
     embeddings = in_compute_dtype(embed(at.words))
     width, dtype = embeddings.shape[-1], embeddings.dtype
@@ -67,14 +63,11 @@ def read_documents(
         position = position.index_copy(0, at.memory, at.windows.end)
     states = run(embeddings.index_copy(0, at.memory, memory), packed, position)
     memory = states.index_select(0, at.memory)
-    ordered = None
     if at.windows is not None:
         assert at.text is not None
-        texts = states.index_select(0, at.text)
-        memory = memory + at.windows.mean(texts)
-        ordered = None if places is None else at.windows.ordered(texts, places)
+        memory = memory + at.windows.mean(states.index_select(0, at.text))
     at_rerank = None if at.rerank is None else states.index_select(0, at.rerank)
-    return Read(memory, words, ordered, at_rerank)
+    return Read(memory, words, at_rerank)
 
 
 def in_compute_dtype(embeddings: torch.Tensor) -> torch.Tensor:

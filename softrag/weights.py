@@ -21,13 +21,7 @@ from softrag.errors import CheckpointError
 if TYPE_CHECKING:
     from softrag.model import SoftRAGModel
 
-COMPRESSOR_WEIGHTS = (
-    "connector.",
-    "word_projection.",
-    "ordered_states.",
-    "memory_embedding",
-    "rerank_",
-)
+COMPRESSOR_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "rerank_")
 DECODER_WEIGHTS = ("auto_encoding_embedding",)
 """Beginnings of the names of parameters that no base model has, by the part they come with."""
 

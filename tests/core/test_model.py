@@ -14,7 +14,6 @@ from softrag.batch import collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.errors import CheckpointError, PlaceholderMismatchError
 from softrag.model import SoftRAGModel
-from softrag.packing import pack
 from softrag.prompt import DocumentPrompt, RagPrompt
 
 LORA = {"r": 4, "alpha": 8}
@@ -55,8 +54,6 @@ VARIANTS = {
     "separate": {},
     "papers_readout": {"readout": "memory"},
     "words_readout": {"readout": "words"},
-    "ordered_readout": {"readout": "ordered"},
-    "ordered_readout_for_a_question": {"readout": "ordered", "query_dependent": True},
     "first_layer": {"compressor_layers": 1},
     "compressor_lora": {"compressor_lora": LORA},
     "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
@@ -227,14 +224,7 @@ def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"readout": "memory"},
-        {"readout": "words"},
-        {"readout": "ordered"},
-        {},
-        {"compressor_layers": 1},
-    ],
+    "changes", [{"readout": "memory"}, {"readout": "words"}, {}, {"compressor_layers": 1}]
 )
 def test_packed_rows_equal_padded_rows(
     tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
@@ -249,6 +239,7 @@ def test_packed_rows_equal_padded_rows(
 
 
 def test_a_window_memory_is_made_of_its_own_window_and_ends_there(tiny_llama: Path) -> None:
+    from softrag.packing import pack
     from softrag.placeholders import Windows
 
     # One row of five text tokens and two memory tokens, after padding; then one without memory.
@@ -293,45 +284,6 @@ def test_a_words_memory_starts_near_the_mean_of_its_window_s_words(tiny_llama: P
     # Two windows over nine tokens, bos being the first.
     expected = torch.stack([torch.cat([bos, words[:4]]).mean(0), words[4:].mean(0)])
     torch.testing.assert_close(soft_tokens, expected)
-
-
-def test_an_ordered_memory_starts_as_a_words_memory_and_then_tells_places_apart(
-    tiny_llama: Path,
-) -> None:
-    words, model = build(tiny_llama, readout="words"), build(tiny_llama, readout="ordered")
-    prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
-    rows = collate_documents([prompt.render(list(range(20, 31)))], 0)
-    words.load_state_dict(model.state_dict(), strict=False)
-    assert torch.equal(model.compress(*rows), words.compress(*rows))
-
-    kept, width = model.ordered_states.place_features, model.compressor.config.hidden_size
-    with torch.no_grad():
-        model.ordered_states.join.weight.copy_(torch.eye(width, 4 * kept))
-        model.ordered_states.by_place.zero_()
-        model.ordered_states.by_place[0] = torch.eye(width, kept)
-        added = model.compress(*rows) - words.compress(*rows)
-        read = model.read_documents(rows[0][0], pack(rows[1]))
-
-    # Three windows of four of the twelve tokens, bos being the first: the first of each is added.
-    torch.testing.assert_close(added, read.ordered[:, 0], rtol=1e-3, atol=1e-4)
-    assert len(read.ordered) == 3
-
-
-def test_windows_wider_than_their_places_share_them_in_order() -> None:
-    from softrag.placeholders import Windows
-
-    values = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
-    members = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 0, 0, 0], [0, 0, 0, 0, 0]])
-    windows = Windows(members, torch.tensor([5, 2, 0]), torch.tensor([4, 6, 0]))
-
-    assert windows.ordered(values, 5)[..., 0].tolist() == [
-        [1, 2, 4, 8, 16], [32, 64, 0, 0, 0], [0, 0, 0, 0, 0],
-    ]  # fmt: skip
-    assert windows.ordered(values, 2)[..., 0].tolist() == [[7, 24], [32, 64], [0, 0]]
-    assert windows.ordered(values, 3)[..., 0].tolist() == [[3, 12, 16], [32, 64, 0], [0, 0, 0]]
-    # Windows of other documents in the batch change nothing.
-    alone = Windows(members[1:2, :2], torch.tensor([2]), torch.tensor([6]))
-    assert torch.equal(alone.ordered(values, 2)[0], windows.ordered(values, 2)[1])
 
 
 def test_the_connector_starts_at_the_size_of_token_embeddings(tiny_family: Path) -> None:
@@ -497,7 +449,6 @@ def test_either_part_can_be_left_out(tiny_llama: Path, tmp_path: Path) -> None:
         {"rate": 8},
         {"max_document_tokens": 99},
         {"readout": "memory"},
-        {"readout": "ordered"},
         {
             "document_prompt": {
                 "document": "Text: {document}",

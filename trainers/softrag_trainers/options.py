@@ -24,13 +24,11 @@ class Architecture:
         rate: Document tokens per soft token; when asking, where `data.rates` are several.
         memory_tokens: A fixed number of soft tokens; null: by the rate.
         max_document_tokens: Longest document of one memory.
-        readout: "memory", "window", "words" or "ordered".
+        readout: "memory", "window" or "words".
         connector_hidden: Width of the connector; null: no connector.
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
         lora_alpha: Scale of the adapters, as a multiple of their rank.
-        question_first: The question stands in front of the documents too, so that the decoder
-            knows what to look for while it reads them.
     """
 
     decoder: str = "smollm2-135m-instruct"
@@ -44,7 +42,6 @@ class Architecture:
     decoder_lora_r: int = 64
     compressor_lora_r: int = 0
     lora_alpha: float = 2.0
-    question_first: bool = False
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from softrag.adapters import set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
-from softrag.config import QUESTION_FIRST, SoftRAGConfig
+from softrag.config import SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
@@ -242,7 +242,6 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
         connector_hidden=arch.connector_hidden,
         decoder_lora=lora(arch.decoder_lora_r),
         compressor_lora=lora(arch.compressor_lora_r),
-        rag_prompt={"user": QUESTION_FIRST} if arch.question_first else {},
     )
     model = SoftRAGModel.from_base(config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed)
     if options.warm_start.checkpoint is not None:
