@@ -411,6 +411,22 @@ class TestPretrainingCollator:
             assert llama.decode(learned[-1:]) == "<|eot_id|>"
             assert any(text in compressed[number] for number in used)
 
+    def test_several_gaps_of_a_chunk_are_lessons_each_over_the_same_memories(self, llama) -> None:
+        text = "The river Seine runs through Paris, in the north of France, for 777 km."
+        pieces = [TextPiece((llama.encode(text, add_special_tokens=False),))]
+
+        def asked(gaps: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+            tensors = pretraining(llama, continuation=0, cloze=1, gaps=gaps)(pieces)
+            return [llama.decode(learned[:-1]) for learned in labels_of(tensors)], tensors
+
+        answers, tensors = asked(3)
+        assert len(set(answers)) == 3
+        assert set(answers) < {"Seine", "Paris", "France", "777"}
+        assert len(tensors["compressor_input_ids"]) == 1
+        assert tensors["document_index"].tolist() == [0, 0, 0]
+        assert sorted(asked(9)[0]) == ["777", "France", "Paris", "Seine"]
+        assert len(asked(1)[0]) == 1
+
     def test_a_chunk_with_nothing_to_ask_for_is_quoted(self, llama) -> None:
         _, _, auto, _ = self.ids(llama)
 

@@ -154,6 +154,7 @@ class TextLessons:
         continuation: Share of lessons that continue the text.
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number missing in a sentence.
+        gaps: Most names and numbers that are asked for of one chunk, a lesson each.
         noise: Share of the decoder's own input tokens replaced while it reconstructs.
     """
 
@@ -165,6 +166,7 @@ class TextLessons:
     continuation: float = 0.5
     quotation: float = 0.0
     cloze: float = 0.0
+    gaps: int = 1
     noise: float = 0.0
 
 

@@ -66,6 +66,9 @@ class PretrainingCollator(MemoryCollator):
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number of one chunk among several; a chunk
             without any is quoted.
+        gaps: Most names and numbers of one chunk that are asked for, a lesson each: what is
+            compressed costs most, and is compressed once. A query-dependent compressor, which
+            reads a chunk anew for every question, is asked for one.
         among: Chunks that a quotation or a missing word is to be found among.
         noise: As in `MemoryCollator`, for auto-encoding and quoting.
         seed: Of every random choice.
@@ -83,6 +86,7 @@ class PretrainingCollator(MemoryCollator):
         continuation: float = 0.15,
         quotation: float = 0.0,
         cloze: float = 0.0,
+        gaps: int = 1,
         among: int = 5,
         noise: float = 0.0,
         seed: int = 0,
@@ -96,15 +100,21 @@ class PretrainingCollator(MemoryCollator):
         self.continuation = continuation
         self.quotation = quotation
         self.cloze = cloze
+        self.gaps = 1 if config.query_dependent else gaps
         self.among = among
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
         self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
+        self._further: list[Lesson] = []
 
     def lessons(self, rows: Sequence[TextPiece]) -> list[Lesson]:
-        """Return a lesson for every row; what is quoted is hidden among the rows' own chunks."""
+        """Return a lesson or, of clozes, several for every row.
+
+        What is quoted or asked for is hidden among the rows' own chunks.
+        """
         self._around = [chunk for row in rows for chunk in row.chunks]
-        return super().lessons(rows)
+        self._further = []
+        return super().lessons(rows) + self._further
 
     def lesson(self, row: TextPiece) -> Lesson:
         """Draw a task for a piece of text."""
@@ -114,8 +124,12 @@ class PretrainingCollator(MemoryCollator):
         draw -= self.continuation
         if 0 <= draw < self.quotation + self.cloze:
             chunk = self.random.choice(row.chunks)
-            gap = self._gap(chunk) if draw >= self.quotation else None
-            return self._quote(chunk) if gap is None else self._ask(chunk, *gap)
+            gaps = self._gaps(chunk) if draw >= self.quotation else []
+            if not gaps:
+                return self._quote(chunk)
+            first, *further = [self._ask(chunk, *gap) for gap in gaps]
+            self._further += further
+            return first
         whole = [token for chunk in row.chunks for token in chunk]
         return self._lay_out(row.chunks, [], whole, reconstruct=True)
 
@@ -132,14 +146,15 @@ class PretrainingCollator(MemoryCollator):
         cue = min(self.cue_tokens, len(quoted) // 2)
         return self._lay_out(self._hide(chunk), quoted[:cue], quoted[cue:], reconstruct=True)
 
-    def _gap(self, chunk: list[int]) -> tuple[str, str] | None:
-        """Return a part of a sentence with a gap, and what fills it; None: nothing to leave out."""
+    def _gaps(self, chunk: list[int]) -> list[tuple[str, str]]:
+        """Return parts of sentences with a gap, and what fills it."""
         text = str(self.document_prompt.tokenizer.decode(chunk))
         sentences = (sentence.strip() for sentence in _SENTENCE.findall(text))
         found = [(each, match) for each in sentences for match in _ASKED_FOR.finditer(each)]
-        if not found:
-            return None
-        sentence, match = self.random.choice(found)
+        chosen = self.random.sample(found, min(self.gaps, len(found)))
+        return [self._leave_out(sentence, match) for sentence, match in chosen]
+
+    def _leave_out(self, sentence: str, match: re.Match[str]) -> tuple[str, str]:
         # A part of the sentence: the fewer words it shares, the more it must be understood.
         before = sentence[: match.start()].split(" ")[-self.random.randint(4, 17) :]
         after = sentence[match.end() :].split(" ")[: self.random.randint(2, 12)]

@@ -73,8 +73,9 @@ def finetune(options: Finetune) -> SoftRAGModel:
     data, run = options.data, options.run
     rows = load_questions(_named(data.train), data.samples)
     held_out = load_questions(data.validation)
-    # Evenly from all files: the first rows would be one data set's.
-    random.Random(run.seed).shuffle(held_out)
+    # Evenly from all files: the first rows would be one data set's. The same ones whatever the
+    # run's seed, so that losses of several seeds compare.
+    random.Random(0).shuffle(held_out)
     held_out = held_out[: run.eval_rows]
     model = _start(options)
     _set_rates(model.config, options.rate, data.rates)
@@ -285,6 +286,7 @@ def _collator_of_texts(model: SoftRAGModel, data: TextLessons, seed: int) -> Pre
         continuation=data.continuation,
         quotation=data.quotation,
         cloze=data.cloze,
+        gaps=data.gaps,
         noise=data.noise,
         seed=seed,
     )
