@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from softrag.batch import IGNORED
 from softrag.bench.measure import commit
 from softrag.checkpoint import locate
-from softrag.model import SoftRAGModel
+from softrag.model import SoftRAGModel, SoftRAGOutput
 from softrag_trainers.examples import TextRow, load_questions
 from softrag_trainers.options import TextLessons
 from softrag_trainers.pretraining import PretrainingCollator, TextPieces
@@ -27,13 +28,40 @@ from softrag_trainers.pretraining import PretrainingCollator, TextPieces
 TASKS = {"auto-encoding": {}, "quoting": {"quotation": 1.0}, "cloze": {"cloze": 1.0}}
 BATCH = 32
 
+Batch = dict[str, torch.Tensor]
+
+
+def gold_texts(file: Path) -> list[TextRow]:
+    """Return the distinct gold documents of a file's questions."""
+    rows = load_questions([str(file)])
+    pairs = (pair for row in rows for pair in zip(row.documents, row.gold, strict=True))
+    return [TextRow(text, file.name) for text in dict.fromkeys(t for t, gold in pairs if gold)]
+
+
+@torch.no_grad()
+def tally(outputs: Iterable[tuple[SoftRAGOutput, Batch]]) -> dict[str, float]:
+    """Return loss (nats a token), token accuracy and exactness (percent) of batches of lessons."""
+    loss, right, exact = 0.0, [], []
+    for output, batch in outputs:
+        labels = batch["labels"][:, 1:]
+        found = output.logits.argmax(-1).cpu() == labels[labels != IGNORED]
+        loss += float(output.loss) * len(found)
+        right.append(found)
+        lengths = (labels != IGNORED).sum(1).tolist()
+        exact += [bool(each.all()) for each in found.split(lengths)]
+    tokens = torch.cat(right).float()
+    return {
+        "loss": round(loss / len(tokens), 3),
+        "tokens": round(100 * float(tokens.mean()), 1),
+        "exact": round(100 * sum(exact) / len(exact), 1),
+        "lessons": len(exact),
+    }
+
 
 @torch.no_grad()
 def measure(model: SoftRAGModel, file: Path, chunks: int) -> dict[str, dict[str, float]]:
-    """Return loss (nats a token), token accuracy and exactness (percent) of each task."""
-    rows = load_questions([str(file)])
-    pairs = (pair for row in rows for pair in zip(row.documents, row.gold, strict=True))
-    texts = dict.fromkeys(text for text, gold in pairs if gold)
+    """Return what `tally` does, of each task."""
+    texts = gold_texts(file)[:chunks]
     measured = {}
     for task, shares in TASKS.items():
         collator = PretrainingCollator(
@@ -43,26 +71,13 @@ def measure(model: SoftRAGModel, file: Path, chunks: int) -> dict[str, dict[str,
             **{"continuation": 0.0, **shares},
         )
         data = TextLessons(min_chunk_tokens=128, max_chunk_tokens=128)
-        rows = [TextRow(text, file.name) for text in list(texts)[:chunks]]
-        pieces = TextPieces(rows, collator.document_prompt, data, seed=0).first(chunks)
-        loss, right, exact = 0.0, [], []
-        for start in range(0, len(pieces), BATCH):
-            stop = min(start + BATCH, len(pieces))
-            batch = collator([pieces[place] for place in range(start, stop)])
-            output = model(**batch)
-            labels = batch["labels"][:, 1:]
-            found = output.logits.argmax(-1).cpu() == labels[labels != IGNORED]
-            loss += float(output.loss) * len(found)
-            right.append(found)
-            lengths = (labels != IGNORED).sum(1).tolist()
-            exact += [bool(each.all()) for each in found.split(lengths)]
-        tokens = torch.cat(right).float()
-        measured[task] = {
-            "loss": round(loss / len(tokens), 3),
-            "tokens": round(100 * float(tokens.mean()), 1),
-            "exact": round(100 * sum(exact) / len(exact), 1),
-            "lessons": len(exact),
-        }
+        pieces = TextPieces(texts, collator.document_prompt, data, seed=0).first(chunks)
+        starts = range(0, len(pieces), BATCH)
+        batches = (
+            collator([pieces[place] for place in range(start, min(start + BATCH, len(pieces)))])
+            for start in starts
+        )
+        measured[task] = tally((model(**batch), batch) for batch in batches)
     return measured
 
 

@@ -17,21 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from fidelity import Batch, gold_texts, tally
 
-from softrag.batch import IGNORED
 from softrag.bench.measure import commit
 from softrag.checkpoint import locate
 from softrag.model import SoftRAGModel, SoftRAGOutput
 from softrag_trainers.collators import Lesson
-from softrag_trainers.examples import TextRow, load_questions
 from softrag_trainers.options import TextLessons
 from softrag_trainers.pretraining import PretrainingCollator, TextPieces
 
 BATCH = 16
 STEP = 0.03
 """Adam's step, as a share of the soft tokens' root mean square."""
-
-Batch = dict[str, torch.Tensor]
 
 
 class FromText(PretrainingCollator):
@@ -57,12 +54,8 @@ def lessons(
         model.config, model.compressor_tokenizer, model.decoder_tokenizer,
         continuation=0.0, cloze=cloze, among=1,
     )  # fmt: skip
-    pairs = (p for row in load_questions(file) for p in zip(row.documents, row.gold, strict=True))
-    texts = [
-        TextRow(text, file.name) for text in dict.fromkeys(text for text, gold in pairs if gold)
-    ]
     data = TextLessons(min_chunk_tokens=128, max_chunk_tokens=128)
-    pieces = TextPieces(texts, collator.document_prompt, data, seed=0)
+    pieces = TextPieces(gold_texts(file), collator.document_prompt, data, seed=0)
     collator.random = random.Random(0)
     chosen = [piece for piece in pieces if _can_be_asked(collator, piece.chunks[0])][:chunks]
     return [collator(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
@@ -84,26 +77,12 @@ def read(model: SoftRAGModel, batch: Batch, soft_tokens: torch.Tensor | None) ->
     )
 
 
-@torch.no_grad()
 def measure(
     model: SoftRAGModel, batches: Sequence[Batch], memories: Sequence[torch.Tensor | None]
 ) -> dict[str, float]:
     """Return loss (nats a token), and tokens and lessons that are right (percent)."""
-    loss, right, exact = 0.0, [], []
-    for batch, soft_tokens in zip(batches, memories, strict=True):
-        output = read(model, batch, soft_tokens)
-        labels = batch["labels"][:, 1:]
-        found = output.logits.argmax(-1).cpu() == labels[labels != IGNORED]
-        loss += float(output.loss) * len(found)
-        right.append(found)
-        exact += [bool(e.all()) for e in found.split((labels != IGNORED).sum(1).tolist())]
-    tokens = torch.cat(right).float()
-    return {
-        "loss": round(loss / len(tokens), 3),
-        "tokens": round(100 * float(tokens.mean()), 1),
-        "exact": round(100 * sum(exact) / len(exact), 1),
-        "lessons": len(exact),
-    }
+    pairs = zip(batches, memories, strict=True)
+    return tally((read(model, batch, soft_tokens), batch) for batch, soft_tokens in pairs)
 
 
 def improve(

@@ -71,14 +71,25 @@ def test_several_gpus_are_used_through_torchs_launcher(ablations: ModuleType) ->
 
 
 def test_chosen_runs_get_another_seed_and_what_they_need_keeps_its_own(
-    ablations: ModuleType,
+    ablations: ModuleType, tmp_path: Path
 ) -> None:
-    runs = ablations.read_plan(BENCHMARKS / "plans" / "ablations.yaml")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        """
+        runs:
+          base: {stage: pretrain, minutes: 2}
+          text: {stage: finetune, minutes: 2}
+          other: {stage: finetune, minutes: 2, model: base}
+          replay-qa: {stage: finetune, minutes: 2, model: base}
+          distilled-qa: {stage: finetune, minutes: 2, model: base, teacher: text}
+        """
+    )
+    runs = ablations.read_plan(plan)
 
-    chosen = ablations.choose(runs, ["distilled", "rate-4"], 1)
+    chosen = ablations.choose(runs, ["distilled-qa", "replay-qa"], 1)
 
     assert {name: run.seed for name, run in chosen.items()} == {
-        "distilled@1": 1, "rate-4@1": 1,
+        "base": 0, "text": 0, "distilled-qa@1": 1, "replay-qa@1": 1,
     }  # fmt: skip
 
 

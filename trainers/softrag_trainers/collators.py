@@ -83,8 +83,11 @@ class MemoryCollator(ABC):
         self._pad = 0
 
     @abstractmethod
-    def lesson(self, row: Any) -> Lesson:  # noqa: ANN401 (subclasses name their row)
-        """Say what is compressed for a row, and what the decoder reads and learns."""
+    def lesson(self, row: Any) -> Lesson | list[Lesson]:  # noqa: ANN401 (subclasses name their row)
+        """Say what is compressed for a row, and what the decoder reads and learns.
+
+        A list where a row teaches several lessons.
+        """
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -104,14 +107,16 @@ class MemoryCollator(ABC):
         return self._pad_and_number(lessons)
 
     def lessons(self, rows: Sequence[Any]) -> list[Lesson]:
-        """Return a lesson for every row, with its noise."""
+        """Return every row's lessons, with their noise."""
         drawn = []
         for row in rows:
             self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
             if self.config.rates:
                 rate = self.random.choice(self.config.rates)
                 self.document_prompt = self.document_prompt.at_rate(rate)
-            drawn.append(self._with_noise(self._checked(row)))
+            said = self.lesson(row)
+            for lesson in said if isinstance(said, list) else [said]:
+                drawn.append(self._with_noise(self._checked(lesson, row)))
         return drawn
 
     def _pad_and_number(self, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
@@ -156,8 +161,7 @@ class MemoryCollator(ABC):
                 tensors["relevance"] = torch.tensor(relevance)
         return tensors
 
-    def _checked(self, row: Any) -> Lesson:  # noqa: ANN401
-        lesson = self.lesson(row)
+    def _checked(self, lesson: Lesson, row: Any) -> Lesson:  # noqa: ANN401
         placeholders = sum(map(lesson.prompt.input_ids.count, self.rag_prompt.memory_ids))
         soft_tokens = sum(document.n_memory for document in lesson.documents)
         if placeholders != soft_tokens:

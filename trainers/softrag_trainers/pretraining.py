@@ -105,18 +105,13 @@ class PretrainingCollator(MemoryCollator):
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
         self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
-        self._further: list[Lesson] = []
 
     def lessons(self, rows: Sequence[TextPiece]) -> list[Lesson]:
-        """Return a lesson or, of clozes, several for every row.
-
-        What is quoted or asked for is hidden among the rows' own chunks.
-        """
+        """Return every row's lessons; what is quoted is hidden among the rows' own chunks."""
         self._around = [chunk for row in rows for chunk in row.chunks]
-        self._further = []
-        return super().lessons(rows) + self._further
+        return super().lessons(rows)
 
-    def lesson(self, row: TextPiece) -> Lesson:
+    def lesson(self, row: TextPiece) -> Lesson | list[Lesson]:
         """Draw a task for a piece of text."""
         draw = self.random.random()
         if draw < self.continuation and row.following:
@@ -125,11 +120,7 @@ class PretrainingCollator(MemoryCollator):
         if 0 <= draw < self.quotation + self.cloze:
             chunk = self.random.choice(row.chunks)
             gaps = self._gaps(chunk) if draw >= self.quotation else []
-            if not gaps:
-                return self._quote(chunk)
-            first, *further = [self._ask(chunk, *gap) for gap in gaps]
-            self._further += further
-            return first
+            return [self._ask(chunk, *gap) for gap in gaps] or self._quote(chunk)
         whole = [token for chunk in row.chunks for token in chunk]
         return self._lay_out(row.chunks, [], whole, reconstruct=True)
 

@@ -254,8 +254,8 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
 def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     assert start.checkpoint is not None
     known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
-    theirs, taken = known.trained_state(), 0
-    for name, tensor in model.trained_state().items():
+    ours, theirs, taken = model.trained_state(), known.trained_state(), 0
+    for name, tensor in ours.items():
         wanted = not start.parts or name.startswith(tuple(start.parts))
         if wanted and name in theirs and theirs[name].shape == tensor.shape:
             tensor.copy_(theirs[name])
@@ -266,7 +266,7 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
             f"{start.parts or 'all'}: no tensor has the same name and shape. Set arch as the "
             "checkpoint's config.json says, or leave warm_start out."
         )
-    logger.info("%d of %d tensors from %s", taken, len(model.trained_state()), start.checkpoint)
+    logger.info("%d of %d tensors from %s", taken, len(ours), start.checkpoint)
 
 
 def _freeze_compressor(model: SoftRAGModel) -> None:
