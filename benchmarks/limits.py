@@ -62,7 +62,7 @@ def lessons(
 
 
 def _can_be_asked(collator: PretrainingCollator, chunk: list[int]) -> bool:
-    return len(chunk) == 128 and bool(collator._gaps(chunk))
+    return len(chunk) == 128 and collator._gap(chunk) is not None
 
 
 def read(model: SoftRAGModel, batch: Batch, soft_tokens: torch.Tensor | None) -> SoftRAGOutput:

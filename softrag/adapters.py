@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ def is_lora_weight(name: str) -> bool:
 def is_adapted(layer: nn.Module) -> bool:
     """Tell whether a layer is a base layer with adapters around it."""
     return hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer")
+
+
+def multiply_once(backbone: nn.Module) -> None:
+    """Let adapted layers add up their weights first, and then multiply once instead of thrice.
+
+    The same function, for the training of layers without dropout. Adding is little beside products
+    with thousands of tokens, and narrow products are what a GPU is slowest at.
+    """
+    for layer in backbone.modules():
+        if is_adapted(layer):
+            layer.forward = MethodType(_multiply_once, layer)
+
+
+def _multiply_once(layer: Any, states: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    base = layer.get_base_layer()
+    weight = base.weight
+    for name, down in layer.lora_A.items():
+        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ down.weight)
+    return nn.functional.linear(states, weight, base.bias)
 
 
 @torch.no_grad()

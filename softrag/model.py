@@ -66,9 +66,13 @@ class Compressed(NamedTuple):
 
 @dataclass
 class SoftRAGOutput(CausalLMOutput):
-    """A causal language model's output, with the `scores` of `Compressed`."""
+    """A causal language model's output, with the `scores` of `Compressed`.
+
+    `said_loss` is the summed cross entropy of `soft_token_labels`, where they were given.
+    """
 
     scores: torch.Tensor | None = None
+    said_loss: torch.Tensor | None = None
 
 
 class SoftRAGModel(PreTrainedModel):
@@ -465,6 +469,7 @@ class SoftRAGModel(PreTrainedModel):
         soft_tokens: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        soft_token_labels: torch.Tensor | None = None,
     ) -> SoftRAGOutput:
         """Compress the documents and read the prompts.
 
@@ -483,6 +488,8 @@ class SoftRAGModel(PreTrainedModel):
             label_weights: `(batch, tokens)` what each label weighs in the loss; None: 1.
             num_items_in_batch: What the labels of the whole (accumulated) batch weigh together, to
                 average over; None: those of this call.
+            soft_token_labels: `(memory,)` the token that the decoder's head is to read off each
+                soft token, in the order of the placeholders; -100 where it may be any.
 
         Returns:
             With labels: their mean loss, and logits of the labelled positions only,
@@ -526,7 +533,12 @@ class SoftRAGModel(PreTrainedModel):
             send(targets[learned], device),
             None if weights is None else send(weights, device),
         )
-        return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores)
+        said_loss = None
+        if soft_token_labels is not None:
+            saying = (soft_token_labels != IGNORED).nonzero().squeeze(1)
+            said = in_compute_dtype(soft_tokens.index_select(0, send(saying, device)))
+            said_loss = self._loss(head(said), send(soft_token_labels[saying], device), None)
+        return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores, said_loss=said_loss)
 
     @torch.no_grad()
     def generate(

@@ -230,6 +230,54 @@ class TestFineTuningCollator:
             documents.render(text, ROW.question).input_ids for text in ROW.documents
         )
 
+    def test_soft_tokens_of_a_query_dependent_model_are_taught_to_say_the_answer(
+        self, llama
+    ) -> None:
+        oscar = config(query_dependent=True, rate=1)
+        documents = DocumentPrompt.from_config(oscar, llama)
+
+        tensors = FineTuningCollator(oscar, llama, llama)([ROW])
+
+        (answer,) = labels_of(tensors)
+        end = answer[-1]
+        compressed = rows_of(tensors, "compressor")
+        expected = []
+        for ids in (compressed[number] for number in tensors["document_index"]):
+            lengths = [
+                (documents.render(text, ROW.question).n_memory, gold)
+                for text, gold in zip(ROW.documents, ROW.gold, strict=True)
+                if documents.render(text, ROW.question).input_ids == ids
+            ]
+            ((length, gold),) = lengths
+            words = answer if gold else [end]
+            assert length > len(words)
+            expected += words + [IGNORED] * (length - len(words))
+        assert tensors["soft_token_labels"].tolist() == expected
+
+    def test_they_say_as_much_of_the_answer_as_they_are_many(self, llama) -> None:
+        oscar = config(query_dependent=True, memory_tokens=2)
+        long = replace(ROW, answers=("one two three four",), documents=ROW.documents[:1],
+                       gold=(True,))  # fmt: skip
+
+        tensors = FineTuningCollator(oscar, llama, llama)([long])
+
+        (answer,) = labels_of(tensors)
+        assert tensors["soft_token_labels"].tolist() == answer[:2]
+
+    def test_nothing_is_said_where_no_document_is_known_to_hold_the_answer(self, llama) -> None:
+        unknown = replace(ROW, gold=(False, False, False))
+        collator = FineTuningCollator(config(query_dependent=True), llama, llama)
+
+        assert "soft_token_labels" not in collator([unknown])
+        said = collator([ROW, replace(unknown, id="q2")])["soft_token_labels"]
+        assert len(said) == len(collator([ROW])["soft_token_labels"]) * 2
+        half = len(said) // 2
+        assert (said[:half] != IGNORED).any()
+        assert (said[half:] == IGNORED).all()
+
+    def test_soft_tokens_of_documents_alone_say_nothing(self, llama) -> None:
+        assert "soft_token_labels" not in finetuning(llama)([ROW])
+
     @pytest.mark.parametrize(
         ("said", "expected"),
         [
@@ -410,22 +458,6 @@ class TestPretrainingCollator:
             assert before + answer + after in text
             assert llama.decode(learned[-1:]) == "<|eot_id|>"
             assert any(text in compressed[number] for number in used)
-
-    def test_several_gaps_of_a_chunk_are_lessons_each_over_the_same_memories(self, llama) -> None:
-        text = "The river Seine runs through Paris, in the north of France, for 777 km."
-        pieces = [TextPiece((llama.encode(text, add_special_tokens=False),))]
-
-        def asked(gaps: int) -> tuple[list[str], dict[str, torch.Tensor]]:
-            tensors = pretraining(llama, continuation=0, cloze=1, gaps=gaps)(pieces)
-            return [llama.decode(learned[:-1]) for learned in labels_of(tensors)], tensors
-
-        answers, tensors = asked(3)
-        assert len(set(answers)) == 3
-        assert set(answers) < {"Seine", "Paris", "France", "777"}
-        assert len(tensors["compressor_input_ids"]) == 1
-        assert tensors["document_index"].tolist() == [0, 0, 0]
-        assert sorted(asked(9)[0]) == ["777", "France", "Paris", "Seine"]
-        assert len(asked(1)[0]) == 1
 
     def test_a_chunk_with_nothing_to_ask_for_is_quoted(self, llama) -> None:
         _, _, auto, _ = self.ids(llama)

@@ -17,6 +17,7 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from softrag.adapters import is_lora_weight
 from softrag.batch import collate_documents
 from softrag.model import SoftRAGModel
 from softrag.prompt import DocumentPrompt
@@ -227,6 +228,35 @@ def test_a_new_architecture_takes_the_weights_that_fit_it(tmp_path: Path, questi
             assert torch.equal(tensor, theirs[name]) == name.startswith("decoder."), name
 
 
+def test_a_shared_compressor_can_start_as_the_reader_that_the_decoder_has_become(
+    tmp_path: Path, questions: str
+) -> None:
+    trained = build_model(seed=3, decoder_lora={"r": 4, "alpha": 8})
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if is_lora_weight(name):
+                parameter.normal_()
+    trained.save_pretrained(tmp_path / "trained")
+    theirs = trained.trained_state()
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    common = [
+        "finetune", f"data.train=[{questions}]", *SHORT_ANSWERS, *still, *tiny_arch(),
+        "run.storage=full", "arch.compressor=shared", "arch.compressor_layers=null",
+        "arch.connector_hidden=null", "query_dependent=true", "warm_start.reader=true",
+        f"warm_start.checkpoint={tmp_path / 'trained'}", "warm_start.parts=[decoder]",
+    ]  # fmt: skip
+
+    assert main([*common, "arch.compressor_lora_r=4", f"out_dir={tmp_path / 'm'}"]) == 0
+
+    state = SoftRAGModel.from_pretrained(tmp_path / "m", dtype=torch.float32).trained_state()
+    adapters = [name for name in state if name.startswith("compressor.")]
+    assert len(adapters) > 20
+    for name in adapters:
+        source = name.replace("compressor.", "decoder.model.")
+        assert torch.equal(state[name], theirs[source]), name
+        assert torch.equal(state[source], theirs[source]), source
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_dropout_is_set_for_a_checkpoint_and_rests_while_evaluating(
     tmp_path: Path, texts: str, questions: str, stage: str
@@ -390,6 +420,23 @@ def test_misuse_is_answered_with_the_reason_and_exit_code_2(
                 "warm_start.parts=[encoder]",
             ],
             "no tensor has the same name and shape",
+        ),
+        (
+            [
+                "finetune",
+                "data.train=[{questions}]",
+                "warm_start.checkpoint={checkpoint}",
+                "warm_start.reader=true",
+                "arch.compressor=shared",
+                "arch.compressor_layers=null",
+                "arch.compressor_lora_r=3",
+                "arch.connector_hidden=null",
+            ],
+            "arch.compressor_lora_r to the rank of its decoder_lora (",
+        ),
+        (
+            ["finetune", "data.train=[{questions}]", "warm_start.reader=true"],
+            "name it (warm_start.checkpoint=FOLDER)",
         ),
     ],
 )

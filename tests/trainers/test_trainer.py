@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from softrag.adapters import is_lora_weight, multiply_once
 from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
 from softrag.prompt import encode_text
@@ -151,6 +152,81 @@ def test_the_relevance_of_a_document_weighs_as_told(tmp_path: Path) -> None:
     )
     labels = (batch["labels"] != IGNORED).sum()
     assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
+
+
+def test_what_soft_tokens_say_by_themselves_weighs_as_told(tmp_path: Path) -> None:
+    model = build_model(query_dependent=True)
+    collator = finetuning(model)
+    batch = collator(question_rows())
+    with torch.no_grad():
+        losses = [
+            build_trainer(
+                tmp_path, model, optimizer={"saying_weight": weight}, collator=collator
+            ).compute_loss(model, dict(batch))
+            for weight in (0.0, 0.5)
+        ]
+        soft_tokens = model.line_up_soft_tokens(
+            batch["compressor_input_ids"],
+            batch["compressor_attention_mask"],
+            batch["document_index"],
+        )
+        logits = model.decoder.get_output_embeddings()(soft_tokens)
+
+    expected = nn.functional.cross_entropy(logits, batch["soft_token_labels"], reduction="sum")
+    labels = (batch["labels"] != IGNORED).sum()
+    assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_soft_tokens_say_the_answer_by_themselves_only_if_they_are_taught_to(
+    tmp_path: Path, weight: float
+) -> None:
+    model = build_model(query_dependent=True)
+    rates = {"compressor_lr": 2e-2, "connector_lr": 2e-2, "decoder_lr": 0.0}
+    batch = finetuning(model)(question_rows())
+    trainer = build_trainer(
+        tmp_path, model, optimizer={"steps": 100, "saying_weight": weight, **rates}
+    )
+
+    trainer.train()
+
+    with torch.no_grad():
+        soft_tokens = model.eval().line_up_soft_tokens(
+            batch["compressor_input_ids"],
+            batch["compressor_attention_mask"],
+            batch["document_index"],
+        )
+        said = model.decoder.get_output_embeddings()(soft_tokens).argmax(-1)
+    known = batch["soft_token_labels"] != IGNORED
+    right = (said == batch["soft_token_labels"])[known].float().mean()
+    assert right > 0.4 if weight else right < 0.1
+
+
+def test_adapted_layers_that_multiply_once_compute_and_learn_the_same() -> None:
+    model = build_model(compressor="shared", compressor_lora={"r": 4, "alpha": 8})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_lora_weight(name):
+                parameter.normal_(std=0.1)
+    batch = finetuning(model)(question_rows())
+
+    def learned() -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss.item(), gradients
+
+    thrice, expected = learned()
+    for part in (model.compressor, model.decoder):
+        multiply_once(part)
+    once, gradients = learned()
+
+    assert once == pytest.approx(thrice, rel=1e-5)
+    assert set(gradients) == set(expected)
+    assert sum(is_lora_weight(name) for name in expected) > 20
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_lessons_weigh_the_same_however_long_their_answers_are_if_told_so(tmp_path: Path) -> None:

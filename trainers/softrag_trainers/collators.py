@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from softrag.batch import collate_documents, collate_prompts
+from softrag.batch import IGNORED, collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
 
@@ -30,6 +30,8 @@ class Lesson(NamedTuple):
             empty when nobody said.
         teacher: What a teacher reads in place of `prompt`, up to the same answer; None: no teacher.
         read: What the decoder sees in place of `prompt`, with noise in it; None: the prompt.
+        holds: Whether each document holds the answer, which a query-dependent model's soft tokens
+            can learn to say; empty when nobody said.
     """
 
     documents: Sequence[DocumentRow]
@@ -37,6 +39,7 @@ class Lesson(NamedTuple):
     relevance: Sequence[float] = ()
     teacher: PromptRow | None = None
     read: PromptRow | None = None
+    holds: Sequence[bool] = ()
 
 
 class MemoryCollator(ABC):
@@ -83,11 +86,8 @@ class MemoryCollator(ABC):
         self._pad = 0
 
     @abstractmethod
-    def lesson(self, row: Any) -> Lesson | list[Lesson]:  # noqa: ANN401 (subclasses name their row)
-        """Say what is compressed for a row, and what the decoder reads and learns.
-
-        A list where a row teaches several lessons.
-        """
+    def lesson(self, row: Any) -> Lesson:  # noqa: ANN401 (subclasses name their row)
+        """Say what is compressed for a row, and what the decoder reads and learns."""
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -96,7 +96,7 @@ class MemoryCollator(ABC):
             The arguments of `SoftRAGModel.forward`; the prompts are padded on the right. For
             models with a rerank head also `relevance`, `(documents,)`, NaN where nobody said; for
             lessons with a teacher, which come first, what it reads, as `TextTeacher.exceed` takes
-            it.
+            it; where it is known which documents hold the answer, `soft_token_labels`.
 
         Raises:
             ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
@@ -107,16 +107,14 @@ class MemoryCollator(ABC):
         return self._pad_and_number(lessons)
 
     def lessons(self, rows: Sequence[Any]) -> list[Lesson]:
-        """Return every row's lessons, with their noise."""
+        """Return a lesson for every row, with its noise."""
         drawn = []
         for row in rows:
             self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
             if self.config.rates:
                 rate = self.random.choice(self.config.rates)
                 self.document_prompt = self.document_prompt.at_rate(rate)
-            said = self.lesson(row)
-            for lesson in said if isinstance(said, list) else [said]:
-                drawn.append(self._with_noise(self._checked(lesson, row)))
+            drawn.append(self._with_noise(self._checked(self.lesson(row), row)))
         return drawn
 
     def _pad_and_number(self, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
@@ -159,7 +157,20 @@ class MemoryCollator(ABC):
             }
             if self.config.rerank:
                 tensors["relevance"] = torch.tensor(relevance)
+            if any(lesson.holds for lesson in lessons):
+                said = [token for lesson in lessons for token in self._said(lesson)]
+                tensors["soft_token_labels"] = torch.tensor(said)
         return tensors
+
+    def _said(self, lesson: Lesson) -> list[int]:
+        """Return what a lesson's soft tokens say: the answer, or its end where there is none."""
+        answer, said = _answer(lesson.prompt), []
+        known: Sequence[bool | None] = lesson.holds or [None] * len(lesson.documents)
+        for document, holds in zip(lesson.documents, known, strict=True):
+            words = [] if holds is None else answer if holds else answer[-1:]
+            words = words[: document.n_memory]
+            said += words + [IGNORED] * (document.n_memory - len(words))
+        return said
 
     def _checked(self, lesson: Lesson, row: Any) -> Lesson:  # noqa: ANN401
         placeholders = sum(map(lesson.prompt.input_ids.count, self.rag_prompt.memory_ids))

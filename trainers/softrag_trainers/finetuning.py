@@ -88,7 +88,8 @@ class FineTuningCollator(MemoryCollator):
         prompt = self.rag_prompt.render(question, lengths, answer)
         relevance = row.relevance or (row.gold if any(row.gold) else ())
         said = [float(relevance[index]) for index in chosen if relevance]
-        return Lesson(rendered, prompt, said, teacher)
+        holds = [row.gold[index] for index in chosen if self.config.query_dependent]
+        return Lesson(rendered, prompt, said, teacher, holds=holds if any(holds) else ())
 
     def _choose(self, row: QuestionRow) -> list[int]:
         """Return which documents are read, in the order they are read in."""

@@ -53,10 +53,13 @@ class WarmStart:
     Attributes:
         checkpoint: Its tensors are taken where name and shape agree; null: none are.
         parts: Beginnings of the names of what is taken, such as "decoder"; empty: everything.
+        reader: The adapters of a compressor that shares the decoder's backbone start as the
+            decoder's: it can read, and answer, before it learns to compress.
     """
 
     checkpoint: str | None = None
     parts: list[str] = field(default_factory=list)
+    reader: bool = False
 
 
 @dataclass
@@ -82,6 +85,9 @@ class Optimizer:
             four fifths of the loss of a fine-tuning.
         rerank_weight: What a document's relevance weighs in the loss, one of `loss_per` being 1
             (OSCAR, table 7: 0.05).
+        saying_weight: What it weighs that a query-dependent model's soft tokens say the answer by
+            themselves, one after the other, to the decoder's head, and those of a document that
+            does not hold it (by its gold flag) the answer's end; one of `loss_per` being 1. Ours.
         distil_weight: Share of the answers' loss that compares with the teacher, where there is
             one; the labels have the rest.
     """
@@ -100,6 +106,7 @@ class Optimizer:
     minutes: float | None = None
     loss_per: str = "token"
     rerank_weight: float = 0.05
+    saying_weight: float = 0.0
     distil_weight: float = 0.5
 
 
@@ -154,7 +161,6 @@ class TextLessons:
         continuation: Share of lessons that continue the text.
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number missing in a sentence.
-        gaps: Most names and numbers that are asked for of one chunk, a lesson each.
         noise: Share of the decoder's own input tokens replaced while it reconstructs.
     """
 
@@ -166,7 +172,6 @@ class TextLessons:
     continuation: float = 0.5
     quotation: float = 0.0
     cloze: float = 0.0
-    gaps: int = 1
     noise: float = 0.0
 
 

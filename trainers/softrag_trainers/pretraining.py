@@ -66,9 +66,6 @@ class PretrainingCollator(MemoryCollator):
         quotation: Share of lessons that quote one chunk among several.
         cloze: Share of lessons that ask for a name or number of one chunk among several; a chunk
             without any is quoted.
-        gaps: Most names and numbers of one chunk that are asked for, a lesson each: what is
-            compressed costs most, and is compressed once. A query-dependent compressor, which
-            reads a chunk anew for every question, is asked for one.
         among: Chunks that a quotation or a missing word is to be found among.
         noise: As in `MemoryCollator`, for auto-encoding and quoting.
         seed: Of every random choice.
@@ -86,7 +83,6 @@ class PretrainingCollator(MemoryCollator):
         continuation: float = 0.15,
         quotation: float = 0.0,
         cloze: float = 0.0,
-        gaps: int = 1,
         among: int = 5,
         noise: float = 0.0,
         seed: int = 0,
@@ -100,18 +96,17 @@ class PretrainingCollator(MemoryCollator):
         self.continuation = continuation
         self.quotation = quotation
         self.cloze = cloze
-        self.gaps = 1 if config.query_dependent else gaps
         self.among = among
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
         self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
 
     def lessons(self, rows: Sequence[TextPiece]) -> list[Lesson]:
-        """Return every row's lessons; what is quoted is hidden among the rows' own chunks."""
+        """Return a lesson for every row; what is quoted is hidden among the rows' own chunks."""
         self._around = [chunk for row in rows for chunk in row.chunks]
         return super().lessons(rows)
 
-    def lesson(self, row: TextPiece) -> Lesson | list[Lesson]:
+    def lesson(self, row: TextPiece) -> Lesson:
         """Draw a task for a piece of text."""
         draw = self.random.random()
         if draw < self.continuation and row.following:
@@ -119,8 +114,8 @@ class PretrainingCollator(MemoryCollator):
         draw -= self.continuation
         if 0 <= draw < self.quotation + self.cloze:
             chunk = self.random.choice(row.chunks)
-            gaps = self._gaps(chunk) if draw >= self.quotation else []
-            return [self._ask(chunk, *gap) for gap in gaps] or self._quote(chunk)
+            gap = self._gap(chunk) if draw >= self.quotation else None
+            return self._quote(chunk) if gap is None else self._ask(chunk, *gap)
         whole = [token for chunk in row.chunks for token in chunk]
         return self._lay_out(row.chunks, [], whole, reconstruct=True)
 
@@ -137,15 +132,14 @@ class PretrainingCollator(MemoryCollator):
         cue = min(self.cue_tokens, len(quoted) // 2)
         return self._lay_out(self._hide(chunk), quoted[:cue], quoted[cue:], reconstruct=True)
 
-    def _gaps(self, chunk: list[int]) -> list[tuple[str, str]]:
-        """Return parts of sentences with a gap, and what fills it."""
+    def _gap(self, chunk: list[int]) -> tuple[str, str] | None:
+        """Return a part of a sentence with a gap, and what fills it; None: nothing to leave out."""
         text = str(self.document_prompt.tokenizer.decode(chunk))
         sentences = (sentence.strip() for sentence in _SENTENCE.findall(text))
         found = [(each, match) for each in sentences for match in _ASKED_FOR.finditer(each)]
-        chosen = self.random.sample(found, min(self.gaps, len(found)))
-        return [self._leave_out(sentence, match) for sentence, match in chosen]
-
-    def _leave_out(self, sentence: str, match: re.Match[str]) -> tuple[str, str]:
+        if not found:
+            return None
+        sentence, match = self.random.choice(found)
         # A part of the sentence: the fewer words it shares, the more it must be understood.
         before = sentence[: match.start()].split(" ")[-self.random.randint(4, 17) :]
         after = sentence[match.end() :].split(" ")[: self.random.randint(2, 12)]
@@ -153,9 +147,12 @@ class PretrainingCollator(MemoryCollator):
 
     def _ask(self, chunk: list[int], question: str, answer: str) -> Lesson:
         for_question = question if self.config.query_dependent else None
-        documents = [self.document_prompt.render(each, for_question) for each in self._hide(chunk)]
+        around = self._hide(chunk)
+        documents = [self.document_prompt.render(each, for_question) for each in around]
         lengths = [document.n_memory for document in documents]
-        return Lesson(documents, self.rag_prompt.render(question, lengths, answer))
+        prompt = self.rag_prompt.render(question, lengths, answer)
+        holds = [each is chunk for each in around if self.config.query_dependent]
+        return Lesson(documents, prompt, relevance=[float(each) for each in holds], holds=holds)
 
     def _lay_out(
         self, chunks: Sequence[list[int]], cue: list[int], learned: list[int], *, reconstruct: bool

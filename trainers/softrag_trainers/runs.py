@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers.trainer_utils import get_last_checkpoint
 
-from softrag.adapters import set_dropout
+from softrag.adapters import is_lora_weight, multiply_once, set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
@@ -247,6 +247,11 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
     model = SoftRAGModel.from_base(config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed)
     if options.warm_start.checkpoint is not None:
         _take_weights(model, options.warm_start)
+    elif options.warm_start.reader:
+        raise ValueError(
+            "warm_start.reader takes the decoder's adapters of a checkpoint: name it "
+            "(warm_start.checkpoint=FOLDER)."
+        )
     return model.train()
 
 
@@ -254,11 +259,22 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
 def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     assert start.checkpoint is not None
     known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
+    assert model.decoder is not None
     ours, theirs, taken = model.trained_state(), known.trained_state(), 0
+    readers = f"decoder.{model.decoder.base_model_prefix}."
     for name, tensor in ours.items():
-        wanted = not start.parts or name.startswith(tuple(start.parts))
-        if wanted and name in theirs and theirs[name].shape == tensor.shape:
-            tensor.copy_(theirs[name])
+        read = start.reader and name.startswith("compressor.") and is_lora_weight(name)
+        source = name.replace("compressor.", readers, 1) if read else name
+        fits = source in theirs and theirs[source].shape == tensor.shape
+        if read and not fits:
+            raise ValueError(
+                f"warm_start.reader: {start.checkpoint} has no adapter of the decoder that fits "
+                f"{name}. Set arch.compressor=shared, arch.compressor_layers=null and "
+                f"arch.compressor_lora_r to the rank of its decoder_lora "
+                f"({(known.config.decoder_lora or {}).get('r')})."
+            )
+        if fits and (read or not start.parts or name.startswith(tuple(start.parts))):
+            tensor.copy_(theirs[source])
             taken += 1
     if not taken:
         raise ValueError(
@@ -286,7 +302,6 @@ def _collator_of_texts(model: SoftRAGModel, data: TextLessons, seed: int) -> Pre
         continuation=data.continuation,
         quotation=data.quotation,
         cloze=data.cloze,
-        gaps=data.gaps,
         noise=data.noise,
         seed=seed,
     )
@@ -311,6 +326,10 @@ def _named(files: list[str]) -> list[str]:
 def _carry_out(trainer: SoftRAGTrainer, options: Pretrain | Finetune) -> SoftRAGModel:
     out_dir, run = Path(options.out_dir), options.run
     model = trainer.bare_model
+    if not options.optimizer.dropout:
+        for part in (model.compressor, model.decoder):
+            if part is not None:
+                multiply_once(part)
     if run.compile:
         model.compile_layers()
         # Layers are compiled one by one; there is nothing to split where gradients are exchanged.

@@ -208,14 +208,17 @@ class SoftRAGTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401 (Trainer's own contract)
-        """Mean loss of the answer tokens, with the teacher's and the rerank head's share."""
+        """Mean loss of the answer tokens, with the shares of all that is learned beside them."""
         if isinstance(model, DistributedDataParallel):
             # It would send the batch to the GPU.
             model.device_ids = None
+        unread = {"relevance"}
+        if not self.options.saying_weight:
+            unread.add("soft_token_labels")
         read = {
             name: tensor
             for name, tensor in inputs.items()
-            if name != "relevance" and not name.startswith("teacher_")
+            if name not in unread and not name.startswith("teacher_")
         }
         labels = inputs["labels"]
         items = self._count(labels) if num_items_in_batch is None else num_items_in_batch
@@ -230,6 +233,8 @@ class SoftRAGTrainer(Trainer):
             relevance = send(inputs["relevance"], outputs.scores.device)
             reranking = rerank_loss(outputs.scores, relevance)
             loss = loss + self.options.rerank_weight * reranking / items
+        if outputs.said_loss is not None:
+            loss = loss + self.options.saying_weight * outputs.said_loss / items
         if model.training:
             if num_items_in_batch is not None:
                 # Trainer divides over processes by averaging their gradients.
