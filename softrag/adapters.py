@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -47,15 +49,21 @@ def is_adapted(layer: nn.Module) -> bool:
     return hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer")
 
 
-def multiply_once(backbone: nn.Module) -> None:
+@contextmanager
+def multiplying_once(model: nn.Module) -> Iterator[None]:
     """Let adapted layers add up their weights first, and then multiply once instead of thrice.
 
     The same function, for the training of layers without dropout. Adding is little beside products
     with thousands of tokens, and narrow products are what a GPU is slowest at.
     """
-    for layer in backbone.modules():
-        if is_adapted(layer):
-            layer.forward = MethodType(_multiply_once, layer)
+    layers = [layer for layer in model.modules() if is_adapted(layer)]
+    for layer in layers:
+        layer.forward = MethodType(_multiply_once, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _multiply_once(layer: Any, states: torch.Tensor) -> torch.Tensor:  # noqa: ANN401

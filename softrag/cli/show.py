@@ -84,9 +84,11 @@ def costs(answer: Answer) -> str:
     prompt = f"{usage.prompt_tokens} prompt tokens"
     if reads_memories(answer.mode) and usage.text_prompt_tokens:
         prompt += f" instead of {usage.text_prompt_tokens} as text ({saved(answer):.0%} saved)"
+    # Memories that the store has take no time.
+    made = f"memories {timings.compress_s:.2f} s, " if timings.compress_s >= 0.005 else ""
     return (
         f"{prompt} · {usage.completion_tokens} written\n"
-        f"search {timings.retrieve_s:.2f} s, first word {timings.first_token_s:.2f} s, "
+        f"search {timings.retrieve_s:.2f} s, {made}first word {timings.first_token_s:.2f} s, "
         f"in all {timings.total_s:.2f} s"
     )
 

@@ -182,7 +182,7 @@ class TestDocumentPrompt:
         assert not row.truncated
         assert prompt.render(ids) == row
 
-    def test_the_question_comes_first_where_a_memory_depends_on_it(
+    def test_the_question_stands_before_and_behind_the_document_where_a_memory_depends_on_it(
         self, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         prompt = document_prompt(tokenizer, query_dependent=True, memory_tokens=3)
@@ -190,7 +190,9 @@ class TestDocumentPrompt:
         row = prompt.render("Water boils.", "What boils?")
 
         assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == (
-            (tokenizer.bos_token or "") + "Question: What boils?\n\nWater boils." + "<MEM>" * 3
+            (tokenizer.bos_token or "")
+            + "Question: What boils?\n\nWater boils.\n\nQuestion: What boils?\nAnswer:"
+            + "<MEM>" * 3
         )
         assert row.n_document_tokens == len(prompt.tokenize("Water boils."))
 
@@ -240,7 +242,8 @@ class TestDocumentPrompt:
             *bos,
             *[token_id(tokenizer, "<MEM>")] * row.n_memory,
         ]
-        assert tokenizer.decode(row.input_ids).count(LITERALS) == 2
+        # The document, and the question on both sides of it.
+        assert tokenizer.decode(row.input_ids).count(LITERALS) == 3
 
     @pytest.mark.parametrize("document", ["", []])
     def test_an_empty_document_is_an_error(

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers.trainer_utils import get_last_checkpoint
 
-from softrag.adapters import is_lora_weight, multiply_once, set_dropout
+from softrag.adapters import is_lora_weight, set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
@@ -326,10 +326,6 @@ def _named(files: list[str]) -> list[str]:
 def _carry_out(trainer: SoftRAGTrainer, options: Pretrain | Finetune) -> SoftRAGModel:
     out_dir, run = Path(options.out_dir), options.run
     model = trainer.bare_model
-    if not options.optimizer.dropout:
-        for part in (model.compressor, model.decoder):
-            if part is not None:
-                multiply_once(part)
     if run.compile:
         model.compile_layers()
         # Layers are compiled one by one; there is nothing to split where gradients are exchanged.

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from softrag import checkpoint
+from softrag.adapters import multiplying_once
 from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
 from softrag.packing import send
@@ -146,8 +148,10 @@ class SoftRAGTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None
     ) -> TrainOutput:
         """Train; the model can be used without autocast afterwards."""
+        model = self.bare_model
+        adapted = nullcontext() if self.options.dropout else multiplying_once(model)
         # peft widens adapters' inputs to their float32, only for autocast to narrow them again.
-        with disable_input_dtype_casting(self.bare_model, active=self.args.bf16):
+        with disable_input_dtype_casting(model, active=self.args.bf16), adapted:
             return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
