@@ -107,6 +107,7 @@ class Machine:
             "run.log_every": 1,
             # It would not fit the tiny model.
             "warm_start.checkpoint": "null",
+            "warm_start.reader": "false",
         }
         if run.stage == "finetune":
             settings |= {"data.max_new_tokens": 2, "replay.samples": 50}
