@@ -357,6 +357,7 @@ def test_two_processes_learn_what_one_with_twice_the_batch_learns(
         "optimizer.minutes=1000",
         "query_dependent=true",
         "rerank=true",
+        "optimizer.saying_weight=0.5",
         "rate=8",
         "data.rates=[8,4]",
     ]
@@ -433,6 +434,15 @@ def test_misuse_is_answered_with_the_reason_and_exit_code_2(
                 "arch.connector_hidden=null",
             ],
             "arch.compressor_lora_r to the rank of its decoder_lora (",
+        ),
+        (
+            [
+                "finetune",
+                "data.train=[{questions}]",
+                "warm_start.checkpoint={checkpoint}",
+                "warm_start.reader=true",
+            ],
+            "do not fit the compressor. Set arch.compressor=shared",
         ),
         (
             ["finetune", "data.train=[{questions}]", "warm_start.reader=true"],

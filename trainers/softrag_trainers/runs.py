@@ -260,22 +260,24 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     assert start.checkpoint is not None
     known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
     assert model.decoder is not None
-    ours, theirs, taken = model.trained_state(), known.trained_state(), 0
+    ours, theirs, taken, read = model.trained_state(), known.trained_state(), 0, 0
     readers = f"decoder.{model.decoder.base_model_prefix}."
-    for name, tensor in ours.items():
-        read = start.reader and name.startswith("compressor.") and is_lora_weight(name)
-        source = name.replace("compressor.", readers, 1) if read else name
-        fits = source in theirs and theirs[source].shape == tensor.shape
-        if read and not fits:
-            raise ValueError(
-                f"warm_start.reader: {start.checkpoint} has no adapter of the decoder that fits "
-                f"{name}. Set arch.compressor=shared, arch.compressor_layers=null and "
-                f"arch.compressor_lora_r to the rank of its decoder_lora "
-                f"({(known.config.decoder_lora or {}).get('r')})."
-            )
-        if fits and (read or not start.parts or name.startswith(tuple(start.parts))):
-            tensor.copy_(theirs[source])
+    adapters = [n for n in ours if n.startswith("compressor.") and is_lora_weight(n)]
+    taken_from = {name: name for name in ours if name.startswith(tuple(start.parts or [""]))}
+    if start.reader:
+        taken_from |= {name: name.replace("compressor.", readers, 1) for name in adapters}
+    for name, source in taken_from.items():
+        if source in theirs and theirs[source].shape == ours[name].shape:
+            ours[name].copy_(theirs[source])
             taken += 1
+            read += name in adapters
+    if start.reader and not 0 < read == len(adapters):
+        raise ValueError(
+            f"warm_start.reader: the adapters of the decoder of {start.checkpoint} do not fit the "
+            "compressor. Set arch.compressor=shared, arch.compressor_layers=null and "
+            "arch.compressor_lora_r to the rank of its decoder_lora "
+            f"({(known.config.decoder_lora or {}).get('r')})."
+        )
     if not taken:
         raise ValueError(
             f"Nothing of {start.checkpoint} fits what is built, of the parts "
