@@ -101,17 +101,26 @@ def test_query_dependent_models_read_texts_alone_and_clozes_with_their_question(
     collator = collator_for(model)
     texts = pieces_for(model)
     pieces = [texts[index] for index in range(len(texts))]
-    prefix = model.compressor_tokenizer.encode("Question:", add_special_tokens=False)
 
     tensors = collator([*question_rows(), *pieces])
 
-    asked = [ids[1 : 1 + len(prefix)].tolist() == prefix for ids in tensors["compressor_input_ids"]]
-    # Of the questions' documents it is known whether they are gold; of the texts nothing.
-    known = ~tensors["relevance"].isnan()
-    assert all(with_question for with_question, said in zip(asked, known, strict=True) if said)
-    assert known.sum() == 16
-    unknown = {with_question for with_question, said in zip(asked, known, strict=True) if not said}
-    assert unknown == {True, False}
+    read = model.compressor_tokenizer.batch_decode(
+        [
+            ids[mask.bool()]
+            for ids, mask in zip(
+                tensors["compressor_input_ids"], tensors["compressor_attention_mask"], strict=True
+            )
+        ],
+        skip_special_tokens=True,
+    )
+    asked = [text.startswith("Question:") and text.endswith("\nAnswer:") for text in read]
+    assert not all(asked)
+    # Of the questions' documents it is known whether they are gold, of the clozes' chunks which one
+    # was asked about; of texts that are read alone nothing.
+    assert (~tensors["relevance"].isnan()).tolist() == asked
+    assert sum(asked) > 16
+    assert any("____" in text for text in read)
+    assert len(question_rows()) < (tensors["relevance"] == 1).sum() < sum(asked)
     rerank = token_id(model.compressor_tokenizer, "<RR>")
     assert (tensors["compressor_input_ids"] == rerank).sum() == len(asked)
     scored = model(**{name: t for name, t in tensors.items() if name != "relevance"})
