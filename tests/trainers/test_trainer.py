@@ -134,47 +134,49 @@ def test_a_rerank_head_learns_which_document_is_gold(tmp_path: Path) -> None:
     assert before["rerank_mrr"] < 100
 
 
-def test_the_relevance_of_a_document_weighs_as_told(tmp_path: Path) -> None:
-    model = build_model(query_dependent=True, rerank=True)
+def added_by(weight: str, model: SoftRAGModel, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return what a weight of 0.5 adds to the summed loss of a batch, and the batch."""
     collator = finetuning(model)
     batch = collator(question_rows())
-    with torch.no_grad():
-        losses = [
-            build_trainer(
-                tmp_path, model, optimizer={"rerank_weight": weight}, collator=collator
-            ).compute_loss(model, dict(batch))
-            for weight in (0.0, 0.5)
-        ]
-        scores = model(**{k: t for k, t in batch.items() if k != "relevance"}).scores
+    without, with_it = (
+        build_trainer(folder, model, optimizer={weight: value}, collator=collator).compute_loss(
+            model, dict(batch)
+        )
+        for value in (0.0, 0.5)
+    )
+    return (with_it - without) * (batch["labels"] != IGNORED).sum(), batch
 
+
+def read_off(model: SoftRAGModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the decoder's head reads off the soft tokens of a batch."""
+    documents = ("compressor_input_ids", "compressor_attention_mask", "document_index")
+    soft_tokens = model.line_up_soft_tokens(*(batch[name] for name in documents))
+    return model.decoder.get_output_embeddings()(soft_tokens)
+
+
+@torch.no_grad()
+def test_the_relevance_of_a_document_weighs_as_told(tmp_path: Path) -> None:
+    model = build_model(query_dependent=True, rerank=True)
+
+    added, batch = added_by("rerank_weight", model, tmp_path)
+
+    scores = model(**{k: t for k, t in batch.items() if k != "relevance"}).scores
     expected = nn.functional.binary_cross_entropy_with_logits(
         scores, batch["relevance"], reduction="sum"
     )
-    labels = (batch["labels"] != IGNORED).sum()
-    assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
+    assert added.item() == pytest.approx((0.5 * expected).item(), rel=1e-4)
 
 
+@torch.no_grad()
 def test_what_soft_tokens_say_by_themselves_weighs_as_told(tmp_path: Path) -> None:
     model = build_model(query_dependent=True)
-    collator = finetuning(model)
-    batch = collator(question_rows())
-    with torch.no_grad():
-        losses = [
-            build_trainer(
-                tmp_path, model, optimizer={"saying_weight": weight}, collator=collator
-            ).compute_loss(model, dict(batch))
-            for weight in (0.0, 0.5)
-        ]
-        soft_tokens = model.line_up_soft_tokens(
-            batch["compressor_input_ids"],
-            batch["compressor_attention_mask"],
-            batch["document_index"],
-        )
-        logits = model.decoder.get_output_embeddings()(soft_tokens)
 
-    expected = nn.functional.cross_entropy(logits, batch["soft_token_labels"], reduction="sum")
-    labels = (batch["labels"] != IGNORED).sum()
-    assert losses[1] - losses[0] == pytest.approx((0.5 * expected / labels).item(), rel=1e-4)
+    added, batch = added_by("saying_weight", model, tmp_path)
+
+    expected = nn.functional.cross_entropy(
+        read_off(model, batch), batch["soft_token_labels"], reduction="sum"
+    )
+    assert added.item() == pytest.approx((0.5 * expected).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -191,12 +193,7 @@ def test_soft_tokens_say_the_answer_by_themselves_only_if_they_are_taught_to(
     trainer.train()
 
     with torch.no_grad():
-        soft_tokens = model.eval().line_up_soft_tokens(
-            batch["compressor_input_ids"],
-            batch["compressor_attention_mask"],
-            batch["document_index"],
-        )
-        said = model.decoder.get_output_embeddings()(soft_tokens).argmax(-1)
+        said = read_off(model.eval(), batch).argmax(-1)
     known = batch["soft_token_labels"] != IGNORED
     right = (said == batch["soft_token_labels"])[known].float().mean()
     assert right > 0.4 if weight else right < 0.1

@@ -260,31 +260,33 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     assert start.checkpoint is not None
     known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
     assert model.decoder is not None
-    ours, theirs, taken, read = model.trained_state(), known.trained_state(), 0, 0
+    ours, theirs = model.trained_state(), known.trained_state()
     readers = f"decoder.{model.decoder.base_model_prefix}."
     adapters = [n for n in ours if n.startswith("compressor.") and is_lora_weight(n)]
     taken_from = {name: name for name in ours if name.startswith(tuple(start.parts or [""]))}
     if start.reader:
         taken_from |= {name: name.replace("compressor.", readers, 1) for name in adapters}
-    for name, source in taken_from.items():
-        if source in theirs and theirs[source].shape == ours[name].shape:
-            ours[name].copy_(theirs[source])
-            taken += 1
-            read += name in adapters
-    if start.reader and not 0 < read == len(adapters):
+    fitting = {
+        name: theirs[source]
+        for name, source in taken_from.items()
+        if source in theirs and theirs[source].shape == ours[name].shape
+    }
+    if start.reader and not (adapters and fitting.keys() >= set(adapters)):
         raise ValueError(
             f"warm_start.reader: the adapters of the decoder of {start.checkpoint} do not fit the "
             "compressor. Set arch.compressor=shared, arch.compressor_layers=null and "
             "arch.compressor_lora_r to the rank of its decoder_lora "
             f"({(known.config.decoder_lora or {}).get('r')})."
         )
-    if not taken:
+    if not fitting:
         raise ValueError(
             f"Nothing of {start.checkpoint} fits what is built, of the parts "
             f"{start.parts or 'all'}: no tensor has the same name and shape. Set arch as the "
             "checkpoint's config.json says, or leave warm_start out."
         )
-    logger.info("%d of %d tensors from %s", taken, len(ours), start.checkpoint)
+    for name, tensor in fitting.items():
+        ours[name].copy_(tensor)
+    logger.info("%d of %d tensors from %s", len(fitting), len(ours), start.checkpoint)
 
 
 def _freeze_compressor(model: SoftRAGModel) -> None:
