@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
 
-READOUTS = ("memory", "window", "words")
+READOUTS = ("memory", "window", "words", "pooled")
+CONNECTORS = ("relu", "standardized")
 MEMORY_COUNTS = ("document", "row")
 PROMPT_ENCODINGS = ("parts", "whole")
 
@@ -73,6 +74,12 @@ class SoftRAGConfig(PreTrainedConfig):
             with the mean of the window's last states (mean pooling: arXiv 2510.20797). `"words"`:
             the same, and the mean of the window's embeddings is added to the soft token through a
             linear map, so that a decoder of the same family finds a window by its words.
+            `"pooled"`: the same with their sum over the root of their number, in the place of the
+            mean: the size that the decoder expects whatever the rate, and near rate 1, where a
+            window is a word, soft tokens are the words' embeddings.
+        connector: `"relu"`: two linear layers with ReLU between (OSCAR). `"standardized"`: the
+            states less their mean and over their spread, as measured once, through a linear layer
+            and two with GELU between beside it; a ReLU that only sees the mean dies.
         connector_hidden: Width of the connector's hidden layer; None is the identity, for a
             compressor that shares the decoder's backbone.
         decoder_lora: `{"r", "alpha", "dropout"}` of the decoder's adapters; None: no adapters.
@@ -109,6 +116,7 @@ class SoftRAGConfig(PreTrainedConfig):
     query_dependent: bool = False
     rerank: bool = False
     readout: str = "window"
+    connector: str = "relu"
     connector_hidden: int | None = 2048
     decoder_lora: dict[str, Any] | None = None
     compressor_lora: dict[str, Any] | None = None
@@ -148,6 +156,7 @@ class SoftRAGConfig(PreTrainedConfig):
             )
         for name, known in (
             ("readout", READOUTS),
+            ("connector", CONNECTORS),
             ("memory_count", MEMORY_COUNTS),
             ("prompt_encoding", PROMPT_ENCODINGS),
         ):
@@ -161,6 +170,11 @@ class SoftRAGConfig(PreTrainedConfig):
     def shares_backbone(self) -> bool:
         """Whether one set of base weights serves both compressor and decoder."""
         return self.compressor == SHARED
+
+    @property
+    def adds_words(self) -> bool:
+        """Whether the words of a soft token's window are added to it."""
+        return self.readout in ("words", "pooled")
 
     @property
     def stores_compressor(self) -> bool:

@@ -17,7 +17,7 @@ from softrag import checkpoint
 from softrag.backbones import choose_dtypes, empty_compressor, load_base, load_tokenizer
 from softrag.base_models import quiet_loading, resolve_base_model, shape_of
 from softrag.config import SoftRAGConfig
-from softrag.connector import Connector
+from softrag.connector import Connector, StandardizedConnector
 from softrag.errors import CheckpointError
 from softrag.fingerprint import check_fingerprint, fingerprint_at_rate
 from softrag.packing import pack
@@ -77,22 +77,26 @@ def _initialise_new_weights(model: SoftRAGModel) -> None:
         model.rerank_embedding.copy_(words.mean(0))
     embeddings = model.decoder.get_input_embeddings().weight.float()
     model.auto_encoding_embedding.copy_(embeddings.mean(0))
-    if model.config.readout == "words":
+    if model.config.adds_words:
         # Two models of one family share their words' embeddings; others learn from nothing.
         same = words.shape == embeddings.shape and torch.equal(words, embeddings)
         initialise = nn.init.eye_ if same else nn.init.zeros_
         initialise(model.word_projection.weight)
-    if isinstance(model.connector, Connector):
-        # Random documents are enough to find the size of the compressor's states.
-        ids = torch.randint(0, len(words), (8, 64), device=words.device)
-        ids = torch.cat([ids, ids.new_full((8, 4), model.memory_ids[0])], dim=1)
-        read = model.read_documents(ids.flatten(), pack(torch.ones_like(ids)))
+    if isinstance(model.connector, nn.Identity):
+        return
+    # Random documents are enough to find the size of the compressor's states.
+    ids = torch.randint(0, len(words), (8, 64), device=words.device)
+    ids = torch.cat([ids, ids.new_full((8, 4), model.memory_ids[0])], dim=1)
+    flat, packed = ids.flatten(), pack(torch.ones_like(ids))
+    rms = embeddings.pow(2).mean().sqrt()
+    if isinstance(model.connector, StandardizedConnector):
+        model.connector.gain.fill_(rms)
+        model.calibrate_connector(flat, packed)
+    elif isinstance(model.connector, Connector):
         # Beside the words' own embeddings the rest starts small.
-        share = 0.3 if model.config.readout == "words" else 1.0
-        model.connector.match_scale(
-            read.memory.to(model.connector.up.weight.dtype),
-            share * embeddings.pow(2).mean().sqrt().item(),
-        )
+        share = 0.3 if model.config.adds_words else 1.0
+        memory = model.read_documents(flat, packed).memory
+        model.connector.match_scale(memory.to(model.connector.up.weight.dtype), share * rms.item())
 
 
 def load(
@@ -139,7 +143,7 @@ def load(
         check_fingerprint(model, source.folder)
         model.compressor.to(compressor_dtype)
         model.connector.to(compressor_dtype)
-        if config.readout == "words":
+        if config.adds_words:
             model.word_projection.to(compressor_dtype)
         # A rerank head stays in float32, to tell like documents apart.
         model.memory_embedding.data = model.memory_embedding.data.to(compressor_dtype)

@@ -32,7 +32,7 @@ from softrag.backbones import (
 )
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
-from softrag.connector import Connector
+from softrag.connector import Connector, StandardizedConnector
 from softrag.errors import PlaceholderMismatchError
 from softrag.fingerprint import fingerprint_of
 from softrag.fused import FusedBackbone, PackedRunner, why_not_fused
@@ -46,7 +46,7 @@ from softrag.prompt import (
     token_id,
 )
 from softrag.reading import Read, in_compute_dtype, read_documents
-from softrag.weights import trained_parameters
+from softrag.weights import FIXED_WEIGHTS, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,11 @@ class SoftRAGModel(PreTrainedModel):
             # One for all memory tokens, or one each.
             distinct = (config.memory_tokens,) if config.distinct_memory_tokens else ()
             self.memory_embedding = nn.Parameter(torch.zeros(*distinct, width))
-            self.connector: nn.Module = (
-                nn.Identity()
-                if config.connector_hidden is None
-                else Connector(width, config.connector_hidden, decoder_width)
-            )
-            if config.readout == "words":
+            self.connector: nn.Module = nn.Identity()
+            if config.connector_hidden is not None:
+                kind = StandardizedConnector if config.connector == "standardized" else Connector
+                self.connector = kind(width, config.connector_hidden, decoder_width)
+            if config.adds_words:
                 self.word_projection = nn.Linear(width, decoder_width, bias=False)
             if config.connector_hidden is None and width != decoder_width:
                 raise ValueError(
@@ -276,6 +275,10 @@ class SoftRAGModel(PreTrainedModel):
         """Return every tensor that differs from the base models, by the name it is saved as."""
         return {name: parameter.detach() for name, parameter in trained_parameters(self).items()}
 
+    def learned_names(self) -> set[str]:
+        """Return the names of the tensors of `trained_state` that training moves."""
+        return set(self.trained_state()).difference(FIXED_WEIGHTS)
+
     @property
     def fingerprint(self) -> str:
         """Of everything that decides a memory's values, 32 hex digits.
@@ -382,7 +385,7 @@ class SoftRAGModel(PreTrainedModel):
         """
         read = self.read_documents(ids, packed)
         soft_tokens = self.connector(read.memory)
-        if read.words is not None and self.config.readout == "words":
+        if read.words is not None and self.config.adds_words:
             soft_tokens = soft_tokens + self.word_projection(read.words)
         scores = None
         if read.rerank is not None:
@@ -410,7 +413,27 @@ class SoftRAGModel(PreTrainedModel):
             packed.to(self.compressor.device),
             memory_embedding=self.memory_embedding,
             rerank_embedding=self.rerank_embedding if rerank else None,
+            pooled=self.config.readout == "pooled",
         )
+
+    @torch.no_grad()
+    def calibrate_connector(self, ids: torch.Tensor, packed: Packed) -> None:
+        """Measure, on documents, the states that a standardized connector is to expect.
+
+        Args:
+            ids: `(T,)` of the documents, as in `compress_packed`.
+            packed: Where each document stands.
+
+        Raises:
+            ValueError: The connector is of another kind, or the documents have one soft token.
+        """
+        if not isinstance(self.connector, StandardizedConnector):
+            raise ValueError(
+                f"The connector is {type(self.connector).__name__}, which measures nothing; "
+                "calibrate one with connector='standardized' and a connector_hidden."
+            )
+        self.connector.calibrate(self.read_documents(ids, packed).memory)
+        self.forget_fingerprint()
 
     def _run_compressor(
         self, embeddings: torch.Tensor, packed: Packed, position: torch.Tensor

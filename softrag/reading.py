@@ -20,7 +20,8 @@ class Read(NamedTuple):
 
     Attributes:
         memory: States of all `<MEM>` tokens.
-        words: The mean embeddings of their windows; None where there are no windows.
+        words: The mean embeddings of their windows, or pooled ones; None where there are no
+            windows.
         rerank: States of all `<RR>` tokens; None from models without a rerank head.
     """
 
@@ -37,6 +38,7 @@ def read_documents(
     *,
     memory_embedding: torch.Tensor,
     rerank_embedding: torch.Tensor | None,
+    pooled: bool = False,
 ) -> Read:
     """Run a compressor over packed documents.
 
@@ -47,6 +49,7 @@ def read_documents(
         packed: Where each document stands.
         memory_embedding: `(hidden,)` of every memory token, or `(memory tokens, hidden)`.
         rerank_embedding: `(hidden,)` of the rerank token; None without one.
+        pooled: Return `words` as sums over the root of their number, instead of means.
     """
     embeddings = in_compute_dtype(embed(at.words))
     width, dtype = embeddings.shape[-1], embeddings.dtype
@@ -66,6 +69,8 @@ def read_documents(
     if at.windows is not None:
         assert at.text is not None
         memory = memory + at.windows.mean(states.index_select(0, at.text))
+        if pooled and words is not None:
+            words = words * at.windows.count.to(words.dtype).sqrt()[:, None]
     at_rerank = None if at.rerank is None else states.index_select(0, at.rerank)
     return Read(memory, words, at_rerank)
 

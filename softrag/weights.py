@@ -25,6 +25,9 @@ COMPRESSOR_WEIGHTS = ("connector.", "word_projection.", "memory_embedding", "rer
 DECODER_WEIGHTS = ("auto_encoding_embedding",)
 """Beginnings of the names of parameters that no base model has, by the part they come with."""
 
+FIXED_WEIGHTS = ("connector.mean", "connector.std", "connector.gain")
+"""Names of the parameters among them that are measured and never trained."""
+
 # What a matrix is stored as in 8 bits: its difference to a base weight, or itself.
 _DIFFERENCE, _DIFFERENCE_SCALE = ".difference", ".difference_scale"
 _ROUNDED, _ROUNDED_SCALE = ".rounded", ".rounded_scale"

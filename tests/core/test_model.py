@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from softrag.batch import collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
+from softrag.connector import StandardizedConnector
 from softrag.errors import CheckpointError, PlaceholderMismatchError
 from softrag.model import SoftRAGModel
+from softrag.packing import pack
 from softrag.prompt import DocumentPrompt, RagPrompt
 
 LORA = {"r": 4, "alpha": 8}
@@ -54,6 +56,8 @@ VARIANTS = {
     "separate": {},
     "papers_readout": {"readout": "memory"},
     "words_readout": {"readout": "words"},
+    "pooled_readout": {"readout": "pooled"},
+    "standardized": {"connector": "standardized", "readout": "pooled"},
     "first_layer": {"compressor_layers": 1},
     "compressor_lora": {"compressor_lora": LORA},
     "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
@@ -224,7 +228,7 @@ def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"readout": "memory"}, {"readout": "words"}, {}, {"compressor_layers": 1}]
+    "changes", [{"readout": "memory"}, {"readout": "pooled"}, {}, {"compressor_layers": 1}]
 )
 def test_packed_rows_equal_padded_rows(
     tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
@@ -269,8 +273,9 @@ def test_the_window_readout_reaches_text_without_gradient_loss(tiny_llama: Path)
     )
 
 
-def test_a_words_memory_starts_near_the_mean_of_its_window_s_words(tiny_llama: Path) -> None:
-    model = build(tiny_llama, readout="words")
+@pytest.mark.parametrize("readout", ["words", "pooled"])
+def test_a_memory_starts_as_its_window_s_words(tiny_llama: Path, readout: str) -> None:
+    model = build(tiny_llama, readout=readout)
     with torch.no_grad():
         model.connector.down.weight.zero_()
         model.connector.down.bias.zero_()
@@ -282,7 +287,9 @@ def test_a_words_memory_starts_near_the_mean_of_its_window_s_words(tiny_llama: P
     words = model.decoder.get_input_embeddings()(torch.arange(20, 28))
     bos = model.decoder.get_input_embeddings()(torch.tensor([row.input_ids[0]]))
     # Two windows over nine tokens, bos being the first.
-    expected = torch.stack([torch.cat([bos, words[:4]]).mean(0), words[4:].mean(0)])
+    windows = [torch.cat([bos, words[:4]]), words[4:]]
+    power = {"words": 1.0, "pooled": 0.5}[readout]
+    expected = torch.stack([window.sum(0) / len(window) ** power for window in windows])
     torch.testing.assert_close(soft_tokens, expected)
 
 
@@ -293,6 +300,87 @@ def test_the_connector_starts_at_the_size_of_token_embeddings(tiny_family: Path)
 
     ratio = soft_tokens.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()
     assert 0.5 < ratio.item() < 2.0
+
+
+class TestStandardizedConnector:
+    def test_states_are_standardised_clamped_and_mapped(self) -> None:
+        connector = StandardizedConnector(2, 3, 2)
+        with torch.no_grad():
+            connector.direct.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+            connector.gain.fill_(0.5)
+            # Means 10 and -4, spreads 2 and (held) 0.001.
+            connector.calibrate(torch.tensor([[8.0, -4.0], [10.0, -4.0], [12.0, -4.0]]))
+            found = connector(torch.tensor([[10.0, -4.0], [14.0, -4.002], [100.0, -5.0]]))
+
+        assert connector.mean.tolist() == [10.0, -4.0]
+        torch.testing.assert_close(connector.std.detach(), torch.tensor([2.0, 0.001]))
+        expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+    def test_layers_beside_the_direct_one_add_to_it(self) -> None:
+        connector = StandardizedConnector(2, 3, 2)
+        states = torch.randn(5, 2)
+        with torch.no_grad():
+            alone = connector(states)
+            connector.down.weight.fill_(1.0)
+            both = connector(states)
+            hidden = torch.nn.functional.gelu(connector.up(states)).sum(-1, keepdim=True)
+
+        assert torch.equal(alone, states @ connector.direct.weight.T)
+        torch.testing.assert_close(both, alone + hidden)
+
+    def test_one_state_has_no_spread(self) -> None:
+        with pytest.raises(ValueError, match="2 states or more, and there are 1"):
+            StandardizedConnector(2, 3, 2).calibrate(torch.zeros(1, 2))
+
+    def test_a_new_model_has_measured_its_states_and_the_size_of_embeddings(
+        self, tiny_family: Path
+    ) -> None:
+        model = build(tiny_family, connector="standardized")
+        embeddings = model.decoder.get_input_embeddings().weight
+        size = embeddings.pow(2).mean().sqrt()
+
+        soft_tokens = model.compress(*documents(model, TEXTS * 4))
+
+        torch.testing.assert_close(model.connector.gain.detach(), size.detach()[None])
+        ratio = soft_tokens.pow(2).mean().sqrt() / size
+        assert 0.03 < ratio.item() < 0.3
+
+    def test_what_is_measured_is_saved_and_not_learned(self, tiny_llama: Path) -> None:
+        model = build(tiny_llama, connector="standardized")
+        fixed = {"connector.mean", "connector.std", "connector.gain"}
+
+        learning = {name for name, each in model.named_parameters() if each.requires_grad}
+
+        assert set(model.trained_state()) - learning == fixed
+        assert learning == model.learned_names()
+
+    def test_calibrating_changes_the_fingerprint(self, tiny_llama: Path) -> None:
+        model = build(tiny_llama, connector="standardized")
+        before = model.fingerprint
+        ids, mask = documents(model)
+        packed = pack(mask)
+
+        model.calibrate_connector(ids.flatten()[packed.slot], packed)
+
+        states = model.read_documents(ids.flatten()[packed.slot], packed).memory
+        torch.testing.assert_close(model.connector.mean, states.mean(0))
+        assert model.fingerprint != before
+
+    @pytest.mark.parametrize("changes", [{}, {"connector": "standardized"}])
+    def test_there_is_nothing_to_calibrate_in_others(self, tiny_llama: Path, changes: dict) -> None:
+        if changes:
+            changes = VARIANTS["shared"] | changes
+        model = build(tiny_llama, **changes)
+        ids, mask = documents(model)
+        packed = pack(mask)
+
+        with pytest.raises(ValueError, match=r"connector is (Connector|Identity), which measures"):
+            model.calibrate_connector(ids.flatten()[packed.slot], packed)
+
+    def test_an_unknown_kind_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="connector is 'gelu'; expected one of"):
+            SoftRAGConfig(connector="gelu")
 
 
 def test_too_few_soft_tokens_name_both_counts(tiny_llama: Path) -> None:
@@ -403,10 +491,11 @@ def test_a_folder_with_adapters_holds_the_adapters_and_not_the_base(
     assert not list(tmp_path.glob(".part-*"))
 
 
+@pytest.mark.parametrize("variant", ["separate", "standardized"])
 def test_eight_bit_storage_loads_what_its_fingerprint_says(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, variant: str
 ) -> None:
-    model = build(tiny_llama)
+    model = build(tiny_llama, **VARIANTS[variant])
     shake(model)
     exact = model.compress(*documents(model))
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from softrag.adapters import is_lora_weight
 from softrag.batch import collate_documents
 from softrag.model import SoftRAGModel
+from softrag.packing import pack
 from softrag.prompt import DocumentPrompt
 from softrag_trainers.__main__ import main
 from softrag_trainers.options import Finetune, Pretrain, PretrainingData, read_options
@@ -211,7 +212,7 @@ def test_a_new_architecture_takes_the_weights_that_fit_it(tmp_path: Path, questi
     still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
     common = [
         "finetune", f"data.train=[{questions}]", *SHORT_ANSWERS, *still, *tiny_arch(),
-        "run.storage=full", "arch.readout=words",
+        "run.storage=full", "arch.readout=words", "arch.connector=relu",
         f"warm_start.checkpoint={tmp_path / 'trained'}",
     ]  # fmt: skip
 
@@ -226,6 +227,76 @@ def test_a_new_architecture_takes_the_weights_that_fit_it(tmp_path: Path, questi
     for name, tensor in partly.trained_state().items():
         if name in theirs and theirs[name].std() > 0:
             assert torch.equal(tensor, theirs[name]) == name.startswith("decoder."), name
+
+
+@pytest.mark.parametrize("source", ["pretrain", "finetune", "replay", "question"])
+def test_a_new_standardized_connector_is_measured_on_the_data(
+    tmp_path: Path, texts: str, questions: str, source: str
+) -> None:
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    common = [*tiny_arch(), *still, "run.storage=full", f"out_dir={tmp_path / 'model'}"]
+    if source == "pretrain":
+        arguments = [
+            "pretrain",
+            *SHORT_TEXTS,
+            f"data.train=[{texts}]",
+            f"data.validation=[{texts}]",
+        ]
+    else:
+        arguments = ["finetune", *SHORT_ANSWERS, f"data.train=[{questions}]", "rate=8"]
+    if source == "replay":
+        arguments += [f"replay.train=[{texts}]", "replay.min_chunk_tokens=8"]
+    if source == "question":
+        arguments += ["query_dependent=true"]
+
+    assert main([*arguments, *common]) == 0
+
+    read: dict[str, str | None] = {}
+    if source in ("pretrain", "replay"):
+        read = {row.text: None for row in text_rows()}
+    else:
+        for row in question_rows():
+            for text in row.documents:
+                # Each with the first question that it is a document of.
+                read.setdefault(text, row.question if source == "question" else None)
+    model = SoftRAGModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    prompt = DocumentPrompt.from_config(model.config, model.compressor_tokenizer)
+    batch = collate_documents([prompt.render(*each) for each in read.items()], 0)
+    packed = pack(batch.attention_mask)
+    with torch.no_grad():
+        states = model.read_documents(batch.input_ids.flatten()[packed.slot], packed).memory
+    expected = {"connector.mean": states.mean(0), "connector.std": states.std(0)}
+    for name, value in expected.items():
+        torch.testing.assert_close(model.trained_state()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_measured_connector_is_taken_over_as_it_is_and_one_of_another_kind_is_not(
+    tmp_path: Path, questions: str
+) -> None:
+    for kind in ("standardized", "relu"):
+        build_model(compressor_layers=1, seed=3, connector=kind).save_pretrained(tmp_path / kind)
+    common = ["finetune", f"data.train=[{questions}]", *SHORT_ANSWERS, "run.storage=full"]
+    standardized, relu = (
+        SoftRAGModel.from_pretrained(tmp_path / kind, dtype=torch.float32).trained_state()
+        for kind in ("standardized", "relu")
+    )
+    states = {}
+    for name, start in {
+        "continued": [f"model={tmp_path / 'standardized'}"],
+        "taken": [*tiny_arch(), f"warm_start.checkpoint={tmp_path / 'standardized'}"],
+        "other": [*tiny_arch(), f"warm_start.checkpoint={tmp_path / 'relu'}"],
+    }.items():
+        assert main([*common, *start, "run.bf16=true", f"out_dir={tmp_path / name}"]) == 0
+        states[name] = load_file(tmp_path / name / "model.safetensors")
+
+    for name in ("connector.mean", "connector.std", "connector.gain"):
+        for run in ("continued", "taken"):
+            # Not a bit is lost, though all else that is not trained is rounded.
+            assert torch.equal(states[run][name], standardized[name]), (run, name)
+        assert not torch.equal(states["other"][name], standardized[name]), name
+    close = torch.isclose(states["other"]["connector.up.weight"], relu["connector.up.weight"],
+                          atol=0.01)  # fmt: skip
+    assert not close.all()
 
 
 def test_a_shared_compressor_can_start_as_the_reader_that_the_decoder_has_become(
@@ -284,7 +355,7 @@ def test_the_best_weights_are_kept_and_said_to_be(tmp_path: Path, questions: str
     records = [record | {"answers": ["7 8 9 6 5 4 3 2 1"]} for record in question_records()]
     others = write_lines(tmp_path / "others.jsonl", records)
     arguments = [
-        *("finetune", *tiny_arch(), *SHORT_ANSWERS, "optimizer.steps=12"),
+        *("finetune", *tiny_arch(), "arch.connector=relu", *SHORT_ANSWERS, "optimizer.steps=12"),
         *(f"data.train=[{questions}]", f"data.validation=[{others}]", "run.storage=full"),
         *(f"optimizer.{part}_lr=0.1" for part in ("compressor", "connector", "decoder")),
         *("run.eval_every=2", "run.score_on_the_way=false", f"out_dir={tmp_path / 'model'}"),

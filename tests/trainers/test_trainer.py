@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "separate": {"compressor_layers": 1},
     "compressor_lora": {"compressor_lora": LORA},
     "shared": {"compressor": "shared", "compressor_lora": LORA, "connector_hidden": None},
+    "standardized": {"connector": "standardized", "readout": "pooled"},
     "frozen_decoder": {"decoder_lora": None, "readout": "memory"},
 }
 
@@ -98,7 +99,7 @@ def test_every_trained_weight_learns_and_no_frozen_one_moves(tmp_path: Path, var
     build_trainer(tmp_path, model, collator=collator, train_rows=pieces_for(collator)).train()
 
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
-    assert moved == set(model.trained_state())
+    assert moved == model.learned_names()
 
 
 def test_questions_are_learned_and_the_speed_is_logged(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ class Architecture:
         rate: Document tokens per soft token; when asking, where `data.rates` are several.
         memory_tokens: A fixed number of soft tokens; null: by the rate.
         max_document_tokens: Longest document of one memory.
-        readout: "memory", "window" or "words".
+        readout: "memory", "window", "words" or "pooled".
+        connector: "standardized", measured on the first documents of the data, or "relu".
         connector_hidden: Width of the connector; null: no connector.
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
@@ -38,6 +39,7 @@ class Architecture:
     memory_tokens: int | None = None
     max_document_tokens: int = 256
     readout: str = "window"
+    connector: str = "standardized"
     connector_hidden: int | None = 2048
     decoder_lora_r: int = 64
     compressor_lora_r: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
+from softrag.packing import pack
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
 from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.examples import QuestionRow, TextRow, load_questions, load_texts
 from softrag_trainers.finetuning import FineTuningCollator, Replay, Rows, cut_text
-from softrag_trainers.options import Finetune, Pretrain, TextLessons, WarmStart
+from softrag_trainers.options import Finetune, Pretrain, Run, TextLessons, WarmStart
 from softrag_trainers.pretraining import PretrainingCollator, TextPieces
 from softrag_trainers.processes import take_device
 from softrag_trainers.reranking import score_reranking
 from softrag_trainers.trainer import SoftRAGTrainer, computes_in_bf16
 
 logger = logging.getLogger(__name__)
+
+# A text, and the question that a query-dependent compressor reads with it.
+_Document = tuple[str, str | None]
 
 
 def pretrain(options: Pretrain) -> SoftRAGModel:
@@ -45,8 +49,10 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
     else:
         kept = len(rows) - min(run.eval_rows, len(rows) // 10)
         rows, held_out = rows[:kept], rows[kept:]
-    model = _start(options)
+    model, known = _start(options)
     _set_rates(model.config, None, data.rates)
+    if "connector.mean" not in known:
+        _calibrate_connector(model, ((row.text, None) for row in rows), run)
     collator = _collator_of_texts(model, data, run.seed)
 
     def pieces(texts: list[TextRow]) -> TextPieces:
@@ -77,7 +83,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
     # run's seed, so that losses of several seeds compare.
     random.Random(0).shuffle(held_out)
     held_out = held_out[: run.eval_rows]
-    model = _start(options)
+    model, known = _start(options)
     _set_rates(model.config, options.rate, data.rates)
     if options.query_dependent is not None:
         model.config.query_dependent = options.query_dependent
@@ -91,12 +97,17 @@ def finetune(options: Finetune) -> SoftRAGModel:
             teacher.compile()
     replayed, texts = options.replay, None
     train_rows: Rows | Replay = Rows(rows)
+    documents: Iterable[_Document] = (
+        (text, row.question) for row in rows for text in row.documents
+    )
     if replayed.train and replayed.share:
         texts = _collator_of_texts(model, replayed, run.seed)
-        pieces = TextPieces(
-            load_texts(replayed.train, replayed.samples), texts.document_prompt, replayed, run.seed
-        )
+        text_rows = load_texts(replayed.train, replayed.samples)
+        pieces = TextPieces(text_rows, texts.document_prompt, replayed, run.seed)
         train_rows = Replay(rows, pieces, share=replayed.share, seed=run.seed)
+        documents = ((row.text, None) for row in text_rows)
+    if "connector.mean" not in known:
+        _calibrate_connector(model, documents, run)
     if data.text_share == 1 and texts is None:
         _freeze_compressor(model)
     assert model.compressor_tokenizer is not None
@@ -204,8 +215,12 @@ def score_questions(
     return results
 
 
-def _start(options: Pretrain | Finetune) -> SoftRAGModel:
-    """Load the model to train, or build it, with float32 trained weights."""
+def _start(options: Pretrain | Finetune) -> tuple[SoftRAGModel, set[str]]:
+    """Load the model to train, or build it, with float32 trained weights.
+
+    Returns:
+        The model, and the names of its tensors that come from a checkpoint.
+    """
     run, arch, dropout = options.run, options.arch, options.optimizer.dropout
     if run.storage not in STORAGES:
         raise ValueError(f"run.storage is {run.storage!r}; expected one of {STORAGES}.")
@@ -214,10 +229,10 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
     if options.model is not None:
         model = SoftRAGModel.from_pretrained(options.model, dtype=torch.float32).train()
         model.config.storage = "full"
-        trained = set(model.trained_state())
+        known, learned = set(model.trained_state()), model.learned_names()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-            if not parameter.requires_grad:
+            parameter.requires_grad_(name in learned)
+            if name not in known:
                 parameter.data = parameter.data.to(frozen)
         for part, adapters in (
             (model.decoder, model.config.decoder_lora),
@@ -226,7 +241,7 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
             if part is not None and adapters is not None:
                 adapters["dropout"] = dropout
                 set_dropout(part, dropout)
-        return model
+        return model, known
 
     def lora(rank: int) -> dict[str, Any] | None:
         alpha = round(arch.lora_alpha * rank)
@@ -240,23 +255,58 @@ def _start(options: Pretrain | Finetune) -> SoftRAGModel:
         memory_tokens=arch.memory_tokens,
         max_document_tokens=arch.max_document_tokens,
         readout=arch.readout,
+        connector=arch.connector,
         connector_hidden=arch.connector_hidden,
         decoder_lora=lora(arch.decoder_lora_r),
         compressor_lora=lora(arch.compressor_lora_r),
     )
     model = SoftRAGModel.from_base(config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed)
+    taken: set[str] = set()
     if options.warm_start.checkpoint is not None:
-        _take_weights(model, options.warm_start)
+        taken = _take_weights(model, options.warm_start)
     elif options.warm_start.reader:
         raise ValueError(
             "warm_start.reader takes the decoder's adapters of a checkpoint: name it "
             "(warm_start.checkpoint=FOLDER)."
         )
-    return model.train()
+    return model.train(), taken
 
 
 @torch.no_grad()
-def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
+def _calibrate_connector(
+    model: SoftRAGModel, documents: Iterable[_Document], run: Run, *, count: int = 96
+) -> None:
+    """Measure the states that a new standardized connector gets, on the first documents."""
+    config = model.config
+    if config.connector != "standardized" or config.connector_hidden is None:
+        return
+    distinct: dict[str, str | None] = {}
+    for text, question in documents:
+        if len(distinct) == count:
+            break
+        distinct.setdefault(text, question if config.query_dependent else None)
+    assert model.compressor_tokenizer is not None
+    prompt = DocumentPrompt.from_config(config, model.compressor_tokenizer)
+    alone = prompt.without_question()
+    batch = collate_documents(
+        [
+            alone.render(text) if question is None else prompt.render(text, question)
+            for text, question in distinct.items()
+        ],
+        0,
+    )
+    packed = pack(batch.attention_mask)
+    # Where and as it will be trained.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()  # type: ignore[arg-type]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=computes_in_bf16(run)):
+        model.calibrate_connector(batch.input_ids.flatten()[packed.slot], packed)
+    model.train()
+
+
+@torch.no_grad()
+def _take_weights(model: SoftRAGModel, start: WarmStart) -> set[str]:
+    """Copy what fits of a checkpoint; return the names of what was copied."""
     assert start.checkpoint is not None
     known = SoftRAGModel.from_pretrained(start.checkpoint, dtype=torch.float32, device="cpu")
     assert model.decoder is not None
@@ -264,6 +314,9 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     readers = f"decoder.{model.decoder.base_model_prefix}."
     adapters = [n for n in ours if n.startswith("compressor.") and is_lora_weight(n)]
     taken_from = {name: name for name in ours if name.startswith(tuple(start.parts or [""]))}
+    if known.config.connector != model.config.connector:
+        # Layers of the same name and shape, which read other values.
+        taken_from = {n: s for n, s in taken_from.items() if not n.startswith("connector.")}
     if start.reader:
         taken_from |= {name: name.replace("compressor.", readers, 1) for name in adapters}
     fitting = {
@@ -287,6 +340,7 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> None:
     for name, tensor in fitting.items():
         ours[name].copy_(tensor)
     logger.info("%d of %d tensors from %s", len(fitting), len(ours), start.checkpoint)
+    return set(fitting)
 
 
 def _freeze_compressor(model: SoftRAGModel) -> None:
