@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from softrag.batch import IGNORED, collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
+from softrag_trainers.curriculum import Curriculum
 
 
 class Lesson(NamedTuple):
@@ -57,14 +58,17 @@ class MemoryCollator(ABC):
 
     Attributes:
         document_prompt: Lays out what the compressor reads; each lesson's has a rate of its own
-            where the config has several.
+            where the config, or the curriculum, has several.
         epoch: The pass over the data; the trainer counts it.
+        curriculum: Rates that rise with the run, which the trainer follows; None: the config's.
         random: For the random choices of the row that is being collated. They follow from seed,
             epoch and the row alone: neither the batch it is in, nor the process that collates it,
-            nor a resumed run changes them.
+            nor a resumed run changes them. With a curriculum they follow from how much of the run
+            was done when the row was collated, too, which is a few batches before it is learned.
     """
 
     epoch = 0
+    curriculum: Curriculum | None = None
     random: random.Random
 
     def __init__(
@@ -111,11 +115,16 @@ class MemoryCollator(ABC):
         drawn = []
         for row in rows:
             self.random = random.Random(f"{self.seed}-{self.epoch}-{row!r}")
-            if self.config.rates:
-                rate = self.random.choice(self.config.rates)
-                self.document_prompt = self.document_prompt.at_rate(rate)
+            rates = self._rates()
+            rate = self.random.choice(rates) if len(rates) > 1 else rates[0]
+            self.document_prompt = self.document_prompt.at_rate(rate)
             drawn.append(self._with_noise(self._checked(self.lesson(row), row)))
         return drawn
+
+    def _rates(self) -> list[int]:
+        if self.curriculum is not None:
+            return self.curriculum.rates()
+        return self.config.rates or [self.config.rate]
 
     def _pad_and_number(self, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
         prompts = [lesson.prompt for lesson in lessons]

@@ -56,7 +56,7 @@ class FineTuningCollator(MemoryCollator):
         """Return a lesson for every row, the questions' first."""
         if self.replay is None:
             return super().lessons(rows)
-        self.replay.epoch = self.epoch
+        self.replay.epoch, self.replay.curriculum = self.epoch, self.curriculum
         texts = [row for row in rows if isinstance(row, TextPiece)]
         questions = [row for row in rows if not isinstance(row, TextPiece)]
         return super().lessons(questions) + self.replay.lessons(texts)

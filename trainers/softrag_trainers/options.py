@@ -73,6 +73,8 @@ class Optimizer:
         connector_lr: Of the connector and the new tokens' embeddings.
         decoder_lr: Of the decoder's adapters.
         warmup: Share of the run with a rising learning rate.
+        curriculum: Share of the run in which the rate rises to the model's, doubling from 2; 0:
+            none. A new compressor learns much sooner.
         weight_decay: AdamW's, on matrices only: towards zero, also where a checkpoint goes on.
         dropout: On the inputs of the adapters.
         clip: Largest gradient norm.
@@ -98,6 +100,7 @@ class Optimizer:
     connector_lr: float = 5e-4
     decoder_lr: float = 5e-4
     warmup: float = 0.05
+    curriculum: float = 0.0
     weight_decay: float = 0.01
     dropout: float = 0.0
     clip: float = 1.0

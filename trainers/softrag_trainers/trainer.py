@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from softrag import checkpoint
@@ -26,11 +26,12 @@ from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
 from softrag.packing import send
 from softrag_trainers.collators import MemoryCollator
+from softrag_trainers.curriculum import Curriculum
 from softrag_trainers.distillation import TextTeacher
 from softrag_trainers.options import Optimizer, Run
 from softrag_trainers.processes import total
 from softrag_trainers.reranking import rerank_loss
-from softrag_trainers.watches import BestWeights, EpochCount, LossWatch, TimeBudget
+from softrag_trainers.watches import BestWeights, EpochCount, LossWatch, Progress, TimeBudget
 
 Scores = Mapping[str, float]
 
@@ -89,6 +90,11 @@ class SoftRAGTrainer(Trainer):
         self.score_on_the_way = run.score_on_the_way
         self.collator = collator
         counted = [each for each in (collator, train_rows) if hasattr(each, "epoch")]
+        callbacks: list[TrainerCallback] = [EpochCount(*counted), self.budget, self.watch]
+        collator.curriculum = None
+        if options.curriculum:
+            collator.curriculum = Curriculum(model.config, options.curriculum)
+            callbacks.append(Progress(collator.curriculum, self.budget))
         evaluates = eval_rows is not None and run.eval_every > 0
         if run.keep_best and not evaluates:
             raise ValueError(
@@ -136,7 +142,7 @@ class SoftRAGTrainer(Trainer):
             data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            callbacks=[EpochCount(*counted), self.budget, self.watch],
+            callbacks=callbacks,
         )
         self.accelerator.device_placement = False
         if teacher is not None:
@@ -182,7 +188,7 @@ class SoftRAGTrainer(Trainer):
             warmup = self.options.warmup
 
             def factor(step: int) -> float:
-                done = max(step / max(1, num_training_steps), self.budget.share_spent())
+                done = self.budget.share_done(step, num_training_steps)
                 rising = (done + 1 / max(1, num_training_steps)) / warmup if warmup else 1.0
                 return max(0.0, min(1.0, rising, (1 - done) / max(1e-9, 1 - warmup)))
 
@@ -314,12 +320,14 @@ class SoftRAGTrainer(Trainer):
         # Every process sees all rows: the set is small and the result needs no gathering.
         data: Any = self.eval_dataset if rows is None else rows
         size = self.args.per_device_eval_batch_size
-        # The same random choices at every evaluation, so that their losses compare.
+        # The same random choices at every evaluation, so that their losses compare; also the same
+        # rate. The processes that make batches for training have collators of their own.
         training_epoch, self.collator.epoch = self.collator.epoch, 0
+        curriculum, self.collator.curriculum = self.collator.curriculum, None
         for start in range(0, len(data), size):
             stop = min(start + size, len(data))
             yield self.collator([data[index] for index in range(start, stop)])
-        self.collator.epoch = training_epoch
+        self.collator.epoch, self.collator.curriculum = training_epoch, curriculum
 
     @property
     def bare_model(self) -> SoftRAGModel:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from softrag.errors import SoftRAGError
 from softrag.model import SoftRAGModel
+from softrag_trainers.curriculum import Curriculum
 from softrag_trainers.processes import agree
 
 
@@ -55,9 +56,12 @@ class TimeBudget(TrainerCallback):
         self.started: float | None = None
         self._spent = 0.0
 
-    def share_spent(self) -> float:
-        """Return how much of the time had gone when the last step ended, 0 to 1."""
-        return self._spent
+    def share_done(self, step: int, steps: int) -> float:
+        """Return how much of the run is done, 0 to 1: of its steps, or of its time if that is more.
+
+        Its time is that of the end of the last step.
+        """
+        return max(step / max(1, steps), self._spent)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -72,6 +76,26 @@ class TimeBudget(TrainerCallback):
         self._spent = agree(min(1.0, (time.monotonic() - self.started) / self.seconds))
         if self._spent >= 1.0:
             control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """Tells a curriculum how much of the run is done."""
+
+    def __init__(self, curriculum: Curriculum, budget: TimeBudget) -> None:
+        self.curriculum = curriculum
+        self.budget = budget
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Begin, or go on where a checkpoint was saved, before the first batch is made."""
+        self.on_step_end(args, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell."""
+        self.curriculum.done = self.budget.share_done(state.global_step, state.max_steps)
 
 
 class BestWeights:
