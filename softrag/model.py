@@ -68,7 +68,8 @@ class Compressed(NamedTuple):
 class SoftRAGOutput(CausalLMOutput):
     """A causal language model's output, with the `scores` of `Compressed`.
 
-    `said_loss` is the summed cross entropy of `soft_token_labels`, where they were given.
+    `said_loss` is the cross entropy of `soft_token_labels`, where they were given: its mean over
+    those of a soft token, summed over the soft tokens.
     """
 
     scores: torch.Tensor | None = None
@@ -115,6 +116,7 @@ class SoftRAGModel(PreTrainedModel):
         self.decoder_tokenizer: PreTrainedTokenizerBase | None = None
         self._fingerprint: str | None = None
         self._loss = _summed_loss
+        self._said_loss = _summed_said_loss
         self._fused_compressor: PackedRunner | None = None
 
         decoder_width = config.sub_config("decoder").hidden_size
@@ -512,7 +514,9 @@ class SoftRAGModel(PreTrainedModel):
             num_items_in_batch: What the labels of the whole (accumulated) batch weigh together, to
                 average over; None: those of this call.
             soft_token_labels: `(memory,)` the token that the decoder's head is to read off each
-                soft token, in the order of the placeholders; -100 where it may be any.
+                soft token, in the order of the placeholders, or `(memory, words)` several, each as
+                likely; -100 where it may be any, or there are no more. A document that is used
+                twice says its tokens twice.
 
         Returns:
             With labels: their mean loss, and logits of the labelled positions only,
@@ -558,9 +562,11 @@ class SoftRAGModel(PreTrainedModel):
         )
         said_loss = None
         if soft_token_labels is not None:
-            saying = (soft_token_labels != IGNORED).nonzero().squeeze(1)
+            several = soft_token_labels.dim() > 1
+            wanted = soft_token_labels if several else soft_token_labels[:, None]
+            saying = (wanted != IGNORED).any(1).nonzero().squeeze(1)
             said = in_compute_dtype(soft_tokens.index_select(0, send(saying, device)))
-            said_loss = self._loss(head(said), send(soft_token_labels[saying], device), None)
+            said_loss = self._said_loss(head(said), send(wanted[saying], device))
         return SoftRAGOutput(loss=loss / items, logits=logits, scores=scores, said_loss=said_loss)
 
     @torch.no_grad()
@@ -636,12 +642,13 @@ class SoftRAGModel(PreTrainedModel):
                 yield part
 
     def compile_layers(self) -> None:
-        """Compile each transformer layer and the loss for any number of tokens (CUDA training)."""
+        """Compile transformer layers and losses for any number of tokens (CUDA training)."""
         for part in self._language_models():
             for layer in part.base_model.layers:
                 layer.compile(dynamic=True)
         # Uncompiled, the logits are kept three times over in float32.
         self._loss = torch.compile(_summed_loss, dynamic=True)
+        self._said_loss = torch.compile(_summed_said_loss, dynamic=True)
 
 
 def _summed_loss(
@@ -652,6 +659,18 @@ def _summed_loss(
         return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     # Not a product of vectors: autocast would round it.
     return (nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+
+
+def _summed_said_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of each row of `(n, vocabulary)` logits, summed.
+
+    Args:
+        logits: `(n, vocabulary)`.
+        words: `(n, words)` what each row says, one token at least; -100 where there are no more.
+    """
+    known = words != IGNORED
+    losses = -logits.float().log_softmax(-1).gather(1, words.clamp_min(0))
+    return (losses * known).sum(1).div(known.sum(1)).sum()
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase | None, token: str) -> int:

@@ -424,6 +424,36 @@ def test_loss_is_that_of_the_answer_tokens_alone(tiny_family: Path) -> None:
     assert learned.logits.shape == (count, everything.shape[-1])
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_soft_tokens_say_their_labels_through_the_decoders_head(
+    tiny_llama: Path, several: bool
+) -> None:
+    model = build(tiny_llama).train()
+    compressor = documents(model, TEXTS[:1])
+    rag = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    soft_tokens = model.compress(*compressor)
+    prompt = rag.render("Where is it?", [len(soft_tokens)], answer="Paris")
+    batch = collate_prompts([prompt], 0, side="right", learn=True)
+    wanted = {0: [7, 9, 30], 2: [8, 9]} if several else {0: [7], 2: [8]}
+    labels = torch.full((len(soft_tokens), 3 if several else 1), -100)
+    for place, words in wanted.items():
+        labels[place, : len(words)] = torch.tensor(words)
+    labels = labels if several else labels[:, 0]
+
+    output = model(
+        batch.input_ids, batch.attention_mask, *compressor, batch.labels, soft_token_labels=labels
+    )
+
+    said = model.decoder.get_output_embeddings()(soft_tokens).log_softmax(-1)
+    # Every token of a soft token counts the same, and so does every soft token.
+    expected = sum(-said[place, words].mean() for place, words in wanted.items())
+    torch.testing.assert_close(output.said_loss, expected)
+    output.said_loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.startswith(("compressor", "connector", "memory")):
+            assert parameter.grad.abs().sum() > 0, name
+
+
 def test_a_document_used_twice_is_compressed_once_and_filled_in_both_places(
     tiny_llama: Path,
 ) -> None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from softrag.batch import IGNORED
 from softrag.config import SoftRAGConfig
+from softrag.packing import pack
+from softrag.placeholders import Placeholders
 from softrag.prompt import (
     DocumentPrompt,
     PromptRow,
@@ -186,6 +188,79 @@ class TestMemoryCollator:
         assert alone(seed=1) != alone()
 
 
+class TestSaying:
+    def lessons(self, *documents: list[int], rate: int = 8) -> tuple[SoftRAGConfig, list[Lesson]]:
+        """Return a config, and a lesson for each document, which it repeats."""
+        model = config(rate=rate)
+        prompt = DocumentPrompt.from_config(model, tokenizer_of("Llama"))
+        rendered = [prompt.render(ids) for ids in documents]
+        memory = prompt.memory_ids[0]
+        rows = [PromptRow([memory] * each.n_memory + [20], each.n_memory) for each in rendered]
+        return model, [Lesson([each], row) for each, row in zip(rendered, rows, strict=True)]
+
+    def test_each_soft_token_says_the_distinct_tokens_of_its_window(self, llama) -> None:
+        bos, nothing = llama.bos_token_id, IGNORED
+        model, lessons = self.lessons([9, 8, 8, 8, 7, 7, 6, 5, 4, 3, 2, 5, 5], [40] * 8)
+
+        tensors = Fixed(model, llama, llama, saying=True)(lessons)
+
+        # 14 tokens with bos, in windows of 7; then 9 tokens in one.
+        assert tensors["soft_token_labels"].tolist() == [
+            [7, 8, 9, bos, nothing],
+            [2, 3, 4, 5, 6],
+            [40, bos, nothing, nothing, nothing],
+        ]
+
+    def test_windows_are_those_that_the_model_reads(self, llama) -> None:
+        model, lessons = self.lessons(list(range(100, 147)), rate=10)
+        (document,) = lessons[0].documents
+        ids = torch.tensor(document.input_ids)
+        packed = pack(torch.ones(1, len(ids)))
+        at = Placeholders.find(
+            ids,
+            packed,
+            memory_ids=[token_id(llama, "<MEM>")],
+            rerank_id=None,
+            windows=True,
+        )
+        assert at.windows is not None
+
+        said = Fixed(model, llama, llama, saying=True)(lessons)["soft_token_labels"]
+
+        assert at.windows.count.tolist() == [10, 10, 9, 10, 9]
+        for members, count, words in zip(at.windows.members, at.windows.count, said, strict=True):
+            expected = sorted(ids[at.text][members[:count]].tolist())
+            assert words[words != IGNORED].tolist() == expected
+
+    def test_short_windows_say_nothing(self, llama) -> None:
+        short, long = list(range(10)), list(range(11))
+        model, lessons = self.lessons(short, long)
+        collator = Fixed(model, llama, llama, saying=True)
+
+        assert "soft_token_labels" not in collator(lessons[:1])
+        said = collator(lessons)["soft_token_labels"]
+        assert (said != IGNORED).sum(1).tolist() == [0, 0, 6, 6]
+
+    def test_a_document_that_is_used_twice_says_its_tokens_twice(self, llama) -> None:
+        model, lessons = self.lessons(list(range(30, 46)), [40] * 8)
+        twice = [*lessons, lessons[0]]
+
+        tensors = Fixed(model, llama, llama, saying=True)(twice)
+
+        assert tensors["document_index"].tolist() == [0, 1, 0]
+        said = tensors["soft_token_labels"]
+        assert len(said) == 5
+        assert torch.equal(said[:2], said[3:])
+
+    def test_a_decoder_with_other_tokens_is_refused(self, llama) -> None:
+        mistral = tokenizer_of("Mistral")
+
+        with pytest.raises(ValueError, match=r"vocabulary is not the compressor's\. Set optimizer"):
+            Fixed(config(), llama, mistral, saying=True)
+        # The answer is in the decoder's own.
+        Fixed(config(query_dependent=True), llama, mistral, saying=True)
+
+
 class TestFineTuningCollator:
     def test_a_training_row_is_what_is_asked_and_the_first_answer(self, tokenizer) -> None:
         row = replace(ROW, documents=ROW.documents[:1], gold=(True,))
@@ -236,7 +311,7 @@ class TestFineTuningCollator:
         oscar = config(query_dependent=True, rate=1)
         documents = DocumentPrompt.from_config(oscar, llama)
 
-        tensors = FineTuningCollator(oscar, llama, llama)([ROW])
+        tensors = FineTuningCollator(oscar, llama, llama, saying=True)([ROW])
 
         (answer,) = labels_of(tensors)
         end = answer[-1]
@@ -259,14 +334,14 @@ class TestFineTuningCollator:
         long = replace(ROW, answers=("one two three four",), documents=ROW.documents[:1],
                        gold=(True,))  # fmt: skip
 
-        tensors = FineTuningCollator(oscar, llama, llama)([long])
+        tensors = FineTuningCollator(oscar, llama, llama, saying=True)([long])
 
         (answer,) = labels_of(tensors)
         assert tensors["soft_token_labels"].tolist() == answer[:2]
 
     def test_nothing_is_said_where_no_document_is_known_to_hold_the_answer(self, llama) -> None:
         unknown = replace(ROW, gold=(False, False, False))
-        collator = FineTuningCollator(config(query_dependent=True), llama, llama)
+        collator = FineTuningCollator(config(query_dependent=True), llama, llama, saying=True)
 
         assert "soft_token_labels" not in collator([unknown])
         said = collator([ROW, replace(unknown, id="q2")])["soft_token_labels"]
@@ -275,8 +350,13 @@ class TestFineTuningCollator:
         assert (said[:half] != IGNORED).any()
         assert (said[half:] == IGNORED).all()
 
-    def test_soft_tokens_of_documents_alone_say_nothing(self, llama) -> None:
-        assert "soft_token_labels" not in finetuning(llama)([ROW])
+    @pytest.mark.parametrize("query_dependent", [False, True])
+    def test_soft_tokens_say_nothing_unless_told_to(self, llama, query_dependent: bool) -> None:
+        either = config(query_dependent=query_dependent, rate=16)
+
+        for saying in (False, True):
+            tensors = FineTuningCollator(either, llama, llama, saying=saying)([ROW])
+            assert ("soft_token_labels" in tensors) == saying
 
     @pytest.mark.parametrize(
         ("said", "expected"),

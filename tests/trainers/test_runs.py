@@ -229,6 +229,22 @@ def test_a_new_architecture_takes_the_weights_that_fit_it(tmp_path: Path, questi
             assert torch.equal(tensor, theirs[name]) == name.startswith("decoder."), name
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_soft_tokens_are_taught_to_say_their_words_in_both_stages(
+    tmp_path: Path, texts: str, questions: str, stage: str
+) -> None:
+    files, short = (texts, SHORT_TEXTS) if stage == "pretrain" else (questions, SHORT_ANSWERS)
+    losses = {}
+    for weight in (0, 1):
+        folder = tmp_path / str(weight)
+        options = ["arch.rate=8", "arch.readout=pooled", f"optimizer.saying_weight={weight}"]
+        arguments = [*tiny_arch(), *short, *options, f"data.train=[{files}]", f"out_dir={folder}"]
+        assert main([stage, *arguments]) == 0
+        losses[weight] = logged(folder, "loss")
+
+    assert losses[1][0] > losses[0][0]
+
+
 @pytest.mark.parametrize("source", ["pretrain", "finetune", "replay", "question"])
 def test_a_new_standardized_connector_is_measured_on_the_data(
     tmp_path: Path, texts: str, questions: str, source: str

@@ -137,7 +137,7 @@ def test_a_rerank_head_learns_which_document_is_gold(tmp_path: Path) -> None:
 
 def added_by(weight: str, model: SoftRAGModel, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return what a weight of 0.5 adds to the summed loss of a batch, and the batch."""
-    collator = finetuning(model)
+    collator = finetuning(model, saying=True)
     batch = collator(question_rows())
     without, with_it = (
         build_trainer(folder, model, optimizer={weight: value}, collator=collator).compute_loss(
@@ -180,16 +180,39 @@ def test_what_soft_tokens_say_by_themselves_weighs_as_told(tmp_path: Path) -> No
     assert added.item() == pytest.approx((0.5 * expected).item(), rel=1e-4)
 
 
+@torch.no_grad()
+def test_what_soft_tokens_say_of_their_documents_weighs_as_told(tmp_path: Path) -> None:
+    model = build_model(rate=8)
+
+    added, batch = added_by("saying_weight", model, tmp_path)
+
+    said = read_off(model, batch).log_softmax(-1)
+    expected = torch.zeros(())
+    for scores, words in zip(said, batch["soft_token_labels"], strict=True):
+        known = words[words != IGNORED]
+        assert len(known) > 1
+        expected -= scores[known].mean()
+    # Each of the 16 documents is counted, though they are five.
+    assert len(batch["document_index"]) == 16
+    assert len(batch["compressor_input_ids"]) < 8
+    assert added.item() == pytest.approx((0.5 * expected).item(), rel=1e-4)
+
+
+def test_saying_weight_wants_a_collator_that_says_what(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"saying_weight is 0\.5, but the collator .*saying=True"):
+        build_trainer(tmp_path, build_model(), optimizer={"saying_weight": 0.5})
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_soft_tokens_say_the_answer_by_themselves_only_if_they_are_taught_to(
     tmp_path: Path, weight: float
 ) -> None:
     model = build_model(query_dependent=True)
     rates = {"compressor_lr": 2e-2, "connector_lr": 2e-2, "decoder_lr": 0.0}
-    batch = finetuning(model)(question_rows())
-    trainer = build_trainer(
-        tmp_path, model, optimizer={"steps": 100, "saying_weight": weight, **rates}
-    )
+    collator = finetuning(model, saying=True)
+    batch = collator(question_rows())
+    optimizer = {"steps": 100, "saying_weight": weight, **rates}
+    trainer = build_trainer(tmp_path, model, optimizer=optimizer, collator=collator)
 
     trainer.train()
 

@@ -10,6 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from softrag.batch import IGNORED, collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
 from softrag.prompt import DocumentPrompt, DocumentRow, PromptRow, RagPrompt
 from softrag_trainers.curriculum import Curriculum
+
+_SHORTEST_WINDOW = 6
 
 
 class Lesson(NamedTuple):
@@ -54,7 +57,12 @@ class MemoryCollator(ABC):
         decoder_tokenizer: The model's.
         noise: Share of answer tokens that the decoder sees replaced by random ones while learning
             the right ones, so that it reads the memories instead of its own last words.
+        saying: Whether soft tokens learn to say something by themselves: the answer, or if the
+            model is not query-dependent the tokens of their windows.
         seed: Of every random choice.
+
+    Raises:
+        ValueError: The tokens of windows are to be said, and the decoder has others.
 
     Attributes:
         document_prompt: Lays out what the compressor reads; each lesson's has a rate of its own
@@ -78,13 +86,22 @@ class MemoryCollator(ABC):
         decoder_tokenizer: PreTrainedTokenizerBase,
         *,
         noise: float = 0.0,
+        saying: bool = False,
         seed: int = 0,
     ) -> None:
+        if saying and not config.query_dependent:
+            if compressor_tokenizer.get_vocab() != decoder_tokenizer.get_vocab():
+                raise ValueError(
+                    "Soft tokens are to say the tokens of their documents (optimizer.saying_weight)"
+                    " to the decoder, whose vocabulary is not the compressor's. Set "
+                    "optimizer.saying_weight=0, or choose base models with one vocabulary."
+                )
         self.config = config
         self.decoder_tokenizer = decoder_tokenizer
         self.document_prompt = DocumentPrompt.from_config(config, compressor_tokenizer)
         self.rag_prompt = RagPrompt.from_config(config, decoder_tokenizer)
         self.noise = noise
+        self.saying = saying
         self.seed = seed
         # Padding is masked out everywhere; any id will do.
         self._pad = 0
@@ -100,7 +117,7 @@ class MemoryCollator(ABC):
             The arguments of `SoftRAGModel.forward`; the prompts are padded on the right. For
             models with a rerank head also `relevance`, `(documents,)`, NaN where nobody said; for
             lessons with a teacher, which come first, what it reads, as `TextTeacher.exceed` takes
-            it; where it is known which documents hold the answer, `soft_token_labels`.
+            it; with `saying`, `soft_token_labels`, where it is known what is to be said.
 
         Raises:
             ValueError: A prompt's placeholders are not as many as its documents' soft tokens.
@@ -166,10 +183,26 @@ class MemoryCollator(ABC):
             }
             if self.config.rerank:
                 tensors["relevance"] = torch.tensor(relevance)
-            if any(lesson.holds for lesson in lessons):
-                said = [token for lesson in lessons for token in self._said(lesson)]
-                tensors["soft_token_labels"] = torch.tensor(said)
+            if self.saying and (labels := self._soft_token_labels(lessons)) is not None:
+                tensors["soft_token_labels"] = labels
         return tensors
+
+    def _soft_token_labels(self, lessons: Sequence[Lesson]) -> torch.Tensor | None:
+        """Return the tokens that soft tokens say, `(memory,)` or `(memory, words)`; None: any."""
+        if self.config.query_dependent:
+            if not any(lesson.holds for lesson in lessons):
+                return None
+            return torch.tensor([token for lesson in lessons for token in self._said(lesson)])
+        windows = [
+            words
+            for lesson in lessons
+            for document in lesson.documents
+            for words in _words_of_windows(document)
+        ]
+        most = max(map(len, windows))
+        if not most:
+            return None
+        return torch.tensor([words + [IGNORED] * (most - len(words)) for words in windows])
 
     def _said(self, lesson: Lesson) -> list[int]:
         """Return what a lesson's soft tokens say: the answer, or its end where there is none."""
@@ -210,6 +243,20 @@ class MemoryCollator(ABC):
         ]
         noisy = PromptRow(prompt.input_ids[: prompt.answer_start] + read, prompt.answer_start)
         return lesson._replace(read=noisy)
+
+
+def _words_of_windows(document: DocumentRow) -> list[list[int]]:
+    """Return the distinct tokens of each soft token's window, or none of windows that are short.
+
+    In short windows nearly every token has a soft token of its own.
+    """
+    n_memory = document.n_memory
+    text = document.input_ids[: len(document.input_ids) - n_memory]
+    if len(text) < _SHORTEST_WINDOW * n_memory:
+        return [[] for _ in range(n_memory)]
+    # As `softrag.placeholders.Windows` lays them out.
+    borders = [-(-index * len(text) // n_memory) for index in range(n_memory + 1)]
+    return [sorted(set(text[start:stop])) for start, stop in pairwise(borders)]
 
 
 def _answer(prompt: PromptRow) -> list[int]:

@@ -28,6 +28,7 @@ class FineTuningCollator(MemoryCollator):
         text_share: Share of questions that read their documents as text, so that one decoder
             answers from both; 1 trains the text baseline.
         teacher: Whether every question comes with the text that a `TextTeacher` reads.
+        saying: As in `MemoryCollator`.
         replay: Makes lessons of the pieces of text among the rows; None: all rows are questions.
         seed: Of every random choice.
     """
@@ -42,10 +43,11 @@ class FineTuningCollator(MemoryCollator):
         max_documents: int | None = None,
         text_share: float = 0.0,
         teacher: bool = False,
+        saying: bool = False,
         replay: PretrainingCollator | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(config, compressor_tokenizer, decoder_tokenizer, seed=seed)
+        super().__init__(config, compressor_tokenizer, decoder_tokenizer, saying=saying, seed=seed)
         self.min_documents = min_documents
         self.max_documents = max_documents
         self.text_share = text_share

@@ -89,9 +89,11 @@ class Optimizer:
             four fifths of the loss of a fine-tuning.
         rerank_weight: What a document's relevance weighs in the loss, one of `loss_per` being 1
             (OSCAR, table 7: 0.05).
-        saying_weight: What it weighs that a query-dependent model's soft tokens say the answer by
-            themselves, one after the other, to the decoder's head, and those of a document that
-            does not hold it (by its gold flag) the answer's end; one of `loss_per` being 1. Ours.
+        saying_weight: What it weighs that soft tokens say something by themselves to the decoder's
+            head, one of `loss_per` being 1. Ours. Those of a query-dependent model say the answer,
+            one after the other, and those of a document that does not hold it (by its gold flag)
+            the answer's end. Those of other models each say the distinct tokens of their window of
+            the document, all of them as likely, where windows have 6 tokens or more on average.
         distil_weight: Share of the answers' loss that compares with the teacher, where there is
             one; the labels have the rest.
     """

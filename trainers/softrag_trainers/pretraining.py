@@ -68,6 +68,7 @@ class PretrainingCollator(MemoryCollator):
             without any is quoted.
         among: Chunks that a quotation or a missing word is to be found among.
         noise: As in `MemoryCollator`, for auto-encoding and quoting.
+        saying: As in `MemoryCollator`.
         seed: Of every random choice.
     """
 
@@ -85,9 +86,12 @@ class PretrainingCollator(MemoryCollator):
         cloze: float = 0.0,
         among: int = 5,
         noise: float = 0.0,
+        saying: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(config, compressor_tokenizer, decoder_tokenizer, noise=noise, seed=seed)
+        super().__init__(
+            config, compressor_tokenizer, decoder_tokenizer, noise=noise, saying=saying, seed=seed
+        )
         if continuation + quotation + cloze > 1:
             raise ValueError(
                 f"continuation ({continuation}), quotation ({quotation}) and cloze ({cloze}) add "

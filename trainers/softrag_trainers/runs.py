@@ -53,7 +53,8 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
     _set_rates(model.config, None, data.rates)
     if "connector.mean" not in known:
         _calibrate_connector(model, ((row.text, None) for row in rows), run)
-    collator = _collator_of_texts(model, data, run.seed)
+    saying = options.optimizer.saying_weight > 0
+    collator = _collator_of_texts(model, data, run.seed, saying=saying)
 
     def pieces(texts: list[TextRow]) -> TextPieces:
         return TextPieces(texts, collator.document_prompt, data, run.seed)
@@ -120,6 +121,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         max_documents=data.max_documents,
         text_share=data.text_share,
         teacher=teacher is not None,
+        saying=options.optimizer.saying_weight > 0,
         replay=texts,
         seed=run.seed,
     )
@@ -285,6 +287,8 @@ def _calibrate_connector(
         if len(distinct) == count:
             break
         distinct.setdefault(text, question if config.query_dependent else None)
+    if not distinct:
+        return
     assert model.compressor_tokenizer is not None
     prompt = DocumentPrompt.from_config(config, model.compressor_tokenizer)
     alone = prompt.without_question()
@@ -350,7 +354,9 @@ def _freeze_compressor(model: SoftRAGModel) -> None:
             parameter.requires_grad_(False)
 
 
-def _collator_of_texts(model: SoftRAGModel, data: TextLessons, seed: int) -> PretrainingCollator:
+def _collator_of_texts(
+    model: SoftRAGModel, data: TextLessons, seed: int, *, saying: bool = False
+) -> PretrainingCollator:
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     return PretrainingCollator(
@@ -361,6 +367,7 @@ def _collator_of_texts(model: SoftRAGModel, data: TextLessons, seed: int) -> Pre
         quotation=data.quotation,
         cloze=data.cloze,
         noise=data.noise,
+        saying=saying,
         seed=seed,
     )
 

@@ -81,6 +81,11 @@ class SoftRAGTrainer(Trainer):
             raise ValueError(
                 f"optimizer.loss_per is {options.loss_per!r}; expected 'token' or 'lesson'."
             )
+        if options.saying_weight and not collator.saying:
+            raise ValueError(
+                f"optimizer.saying_weight is {options.saying_weight}, but the collator does not "
+                "tell soft tokens what to say. Make it with saying=True, or set the weight to 0."
+            )
         self.options = options
         self.teacher = teacher
         self.budget = TimeBudget(options.minutes, uncounted=3 if run.compile else 1)
