@@ -74,7 +74,7 @@ class Optimizer:
         decoder_lr: Of the decoder's adapters.
         warmup: Share of the run with a rising learning rate.
         curriculum: Share of the run in which the rate rises to the model's, doubling from 2; 0:
-            none. A new compressor learns much sooner.
+            none. Ours.
         weight_decay: AdamW's, on matrices only: towards zero, also where a checkpoint goes on.
         dropout: On the inputs of the adapters.
         clip: Largest gradient norm.
