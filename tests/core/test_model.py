@@ -228,7 +228,14 @@ def test_padding_and_neighbours_do_not_change_a_memory(tiny_family: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"readout": "memory"}, {"readout": "pooled"}, {}, {"compressor_layers": 1}]
+    "changes",
+    [
+        {"readout": "memory"},
+        {"readout": "words"},
+        {"readout": "pooled"},
+        {},
+        {"compressor_layers": 1},
+    ],
 )
 def test_packed_rows_equal_padded_rows(
     tiny_family: Path, changes: dict, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from softrag.adapters import is_lora_weight, set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
+from softrag.connector import StandardizedConnector
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.packing import pack
@@ -31,6 +32,8 @@ from softrag_trainers.reranking import score_reranking
 from softrag_trainers.trainer import SoftRAGTrainer, computes_in_bf16
 
 logger = logging.getLogger(__name__)
+
+_MEASURED_DOCUMENTS = 96
 
 # A text, and the question that a query-dependent compressor reads with it.
 _Document = tuple[str, str | None]
@@ -51,8 +54,7 @@ def pretrain(options: Pretrain) -> SoftRAGModel:
         rows, held_out = rows[:kept], rows[kept:]
     model, known = _start(options)
     _set_rates(model.config, None, data.rates)
-    if "connector.mean" not in known:
-        _calibrate_connector(model, ((row.text, None) for row in rows), run)
+    _calibrate_connector(model, known, ((row.text, None) for row in rows), run)
     saying = options.optimizer.saying_weight > 0
     collator = _collator_of_texts(model, data, run.seed, saying=saying)
 
@@ -107,8 +109,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         pieces = TextPieces(text_rows, texts.document_prompt, replayed, run.seed)
         train_rows = Replay(rows, pieces, share=replayed.share, seed=run.seed)
         documents = ((row.text, None) for row in text_rows)
-    if "connector.mean" not in known:
-        _calibrate_connector(model, documents, run)
+    _calibrate_connector(model, known, documents, run)
     if data.text_share == 1 and texts is None:
         _freeze_compressor(model)
     assert model.compressor_tokenizer is not None
@@ -276,15 +277,18 @@ def _start(options: Pretrain | Finetune) -> tuple[SoftRAGModel, set[str]]:
 
 @torch.no_grad()
 def _calibrate_connector(
-    model: SoftRAGModel, documents: Iterable[_Document], run: Run, *, count: int = 96
+    model: SoftRAGModel, known: set[str], documents: Iterable[_Document], run: Run
 ) -> None:
-    """Measure the states that a new standardized connector gets, on the first documents."""
-    config = model.config
-    if config.connector != "standardized" or config.connector_hidden is None:
+    """Measure the states that a new standardized connector gets, on the first documents.
+
+    `known` are the tensors that come from a checkpoint: one that was measured stays as it is.
+    """
+    if not isinstance(model.connector, StandardizedConnector) or "connector.mean" in known:
         return
+    config = model.config
     distinct: dict[str, str | None] = {}
     for text, question in documents:
-        if len(distinct) == count:
+        if len(distinct) == _MEASURED_DOCUMENTS:
             break
         distinct.setdefault(text, question if config.query_dependent else None)
     if not distinct:
