@@ -17,7 +17,6 @@ from softrag.adapters import is_lora_weight, set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
 from softrag.config import SoftRAGConfig
-from softrag.connector import StandardizedConnector
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.packing import pack
@@ -283,7 +282,8 @@ def _calibrate_connector(
 
     `known` are the tensors that come from a checkpoint: one that was measured stays as it is.
     """
-    if not isinstance(model.connector, StandardizedConnector) or "connector.mean" in known:
+    measured = "connector.mean"
+    if measured in known or measured not in dict(model.named_parameters()):
         return
     config = model.config
     distinct: dict[str, str | None] = {}
