@@ -80,8 +80,10 @@ def learned(trainer: SoftRAGTrainer, resume_from: Path | None = None) -> list[se
     return rates
 
 
-def drawn(rate: int, share: float, shares: Sequence[float]) -> Iterator[list[int]]:
-    curriculum = Curriculum(SoftRAGConfig(rate=rate), share)
+def drawn(
+    rate: int, share: float, shares: Sequence[float], rates: list[int] | None = None
+) -> Iterator[list[int]]:
+    curriculum = Curriculum(SoftRAGConfig(rate=rate, rates=rates), share)
     for curriculum.done in shares:
         yield curriculum.rates()
 
@@ -93,6 +95,24 @@ def test_the_rate_doubles_from_two_to_the_models_and_stages_overlap() -> None:
     assert list(drawn(16, 0.5, [0.08, 0.09, 0.16, 0.17, 0.45, 0.499])) == [
         [2], [2, 4], [2, 4], [4], [8, 16], [8, 16],
     ]  # fmt: skip
+
+
+def test_of_several_rates_those_that_were_reached_stay() -> None:
+    assert list(drawn(16, 0.5, [tenth / 10 for tenth in range(6)], rates=[4, 16])) == [
+        [2], [2, 4], [4], [4, 8], [4, 8], [4, 16],
+    ]  # fmt: skip
+    # Whichever of them the model is asked at.
+    assert list(drawn(4, 1.0, [0.0, 0.5, 0.9, 1.0], rates=[4, 16])) == [
+        [2], [4, 8], [4, 8, 16], [4, 16],
+    ]  # fmt: skip
+
+
+def test_rates_between_the_powers_of_two_have_stages_of_their_own() -> None:
+    curriculum = Curriculum(SoftRAGConfig(rate=6, rates=[6, 12]), 1.0)
+
+    assert curriculum.stages == [2, 4, 6, 8, 12]
+    curriculum.done = 1.0
+    assert curriculum.rates() == [6, 12]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +134,6 @@ def test_the_stages_are_powers_of_two_and_then_the_rate(rate: int, stages: list[
         ({}, 1.5, r"curriculum is 1\.5; expected a share of the run"),
         ({}, -0.1, r"curriculum is -0\.1; expected a share of the run"),
         ({"memory_tokens": 8}, 0.5, r"8 soft tokens .*Set arch\.memory_tokens=null, or"),
-        ({"rates": [8, 16]}, 0.5, r"at the rates \[8, 16\]\. Leave out data\.rates"),
     ],
 )
 def test_what_has_no_rate_to_rise_is_refused(changes: dict, share: float, message: str) -> None:

@@ -14,15 +14,17 @@ from softrag.config import SoftRAGConfig
 class Curriculum:
     """The rates that lessons are drawn from, by how much of a run is done.
 
-    The stages are the powers of two below the model's rate, evenly over their share of the run, and
-    then the model's rate itself. In the second half of a stage the next one's rate is as likely.
+    The stages are the powers of two below the model's highest rate and the rates it is trained at,
+    in order and evenly over their share of the run. In the second half of a stage the next one's
+    rate is as likely. A rate of the model's that was reached stays: a model trained on towards a
+    higher one forgets what it read at a lower.
 
     Args:
         config: The model's.
         share: Of the run in which the rate rises, more than 0 and at most 1.
 
     Raises:
-        ValueError: The share is none, or the model has several rates or no rate.
+        ValueError: The share is none, or the model has no rate.
     """
 
     def __init__(self, config: SoftRAGConfig, share: float) -> None:
@@ -36,16 +38,11 @@ class Curriculum:
                 "soft tokens (memory_tokens) and there is no rate to rise. Set arch.memory_tokens="
                 "null, or optimizer.curriculum=0."
             )
-        if len(config.rates or ()) > 1:
-            raise ValueError(
-                f"optimizer.curriculum is {share}, but lessons are drawn at the rates "
-                f"{config.rates}. Leave out data.rates and train from a model of one rate, or set "
-                "optimizer.curriculum=0."
-            )
         self.share = share
-        self.stages = [2**power for power in range(1, config.rate.bit_length())]
-        if not self.stages or self.stages[-1] != config.rate:
-            self.stages.append(config.rate)
+        self.wanted = sorted(set(config.rates or [config.rate]))
+        highest = self.wanted[-1]
+        doubling = {2**power for power in range(1, highest.bit_length())}
+        self.stages = sorted(doubling | set(self.wanted))
         # The processes that make batches see what the one that trains writes.
         self._done = torch.zeros(1, dtype=torch.float64).share_memory_()
 
@@ -60,7 +57,8 @@ class Curriculum:
 
     def rates(self) -> list[int]:
         """Return the rates that a lesson is drawn from now, each as likely."""
-        rising = len(self.stages) - 1
-        place = self.done / self.share * rising
-        stage = min(int(place), rising)
-        return self.stages[stage : stage + (2 if place - stage >= 0.5 else 1)]
+        last = len(self.stages) - 1
+        place = self.done / self.share * last
+        stage = min(int(place), last)
+        rising = self.stages[stage : stage + (2 if place - stage >= 0.5 else 1)]
+        return [rate for rate in self.wanted if rate < rising[0]] + rising

@@ -73,8 +73,8 @@ class Optimizer:
         connector_lr: Of the connector and the new tokens' embeddings.
         decoder_lr: Of the decoder's adapters.
         warmup: Share of the run with a rising learning rate.
-        curriculum: Share of the run in which the rate rises to the model's, doubling from 2; 0:
-            none. Ours.
+        curriculum: Share of the run in which the rate rises to the model's, or to its several in
+            turn, doubling from 2; 0: none. Ours.
         weight_decay: AdamW's, on matrices only: towards zero, also where a checkpoint goes on.
         dropout: On the inputs of the adapters.
         clip: Largest gradient norm.
