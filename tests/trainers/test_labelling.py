@@ -21,7 +21,9 @@ from tests.checkpoints import build_checkpoint
 from tests.families import FAMILIES, SENTENCES, build_family
 from tests.trainers.tiny import QUESTIONS, question_records, write_lines
 
-TODAY = datetime.datetime.now().date().isoformat()
+
+def today() -> str:
+    return datetime.datetime.now().date().isoformat()
 
 
 def options_for(out: Path, url: str, data: Path, *more: str) -> Any:
@@ -69,9 +71,10 @@ def questions(tmp_path: Path) -> Path:
 def test_questions_are_answered_from_the_full_text_with_where_it_came_from(
     tmp_path: Path, questions: Path
 ) -> None:
-    out = tmp_path / "answered.jsonl"
+    out, days = tmp_path / "answered.jsonl", {today()}
     with serve_chat(first_words) as server:
         added = label(options_for(out, server.url, questions))
+    days.add(today())
 
     assert added == len(QUESTIONS)
     assert server.prompts.count(server.prompts[0]) == 1
@@ -90,11 +93,8 @@ def test_questions_are_answered_from_the_full_text_with_where_it_came_from(
         ).replace("\\n", "\n").replace("\\'", "'")
         assert row.get("gold_answers", [answer]) == [answer]
         about = row["label"]
-        assert (about["task"], about["teacher"], about["date"]) == (
-            "answers",
-            "listed-model",
-            TODAY,
-        )
+        assert (about["task"], about["teacher"]) == ("answers", "listed-model")
+        assert about["date"] in days
         assert len(about["prompt"]) == len(about["key"]) == 32
     assert sum("gold_answers" in row for row in rows) == 4
 
