@@ -110,7 +110,10 @@ def shrink(
 
 def _round_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = matrix.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-    return (matrix / scale).round().to(torch.int8), scale
+    # Coarse, so that what was rounded before is rounded to itself: a compressor that is saved again
+    # with another decoder keeps its fingerprint, and stores their memories.
+    scale = scale.to(torch.bfloat16)
+    return (matrix / scale.float()).round().to(torch.int8), scale
 
 
 def restore(
@@ -121,9 +124,10 @@ def restore(
     for key, tensor in stored.items():
         name = plain_name(key)
         if key.endswith(_DIFFERENCE):
-            trained[name] = base[name].float() + tensor.float() * stored[name + _DIFFERENCE_SCALE]
+            difference = tensor.float() * stored[name + _DIFFERENCE_SCALE].float()
+            trained[name] = base[name].float() + difference
         elif key.endswith(_ROUNDED):
-            trained[name] = tensor.float() * stored[name + _ROUNDED_SCALE]
+            trained[name] = tensor.float() * stored[name + _ROUNDED_SCALE].float()
         elif key == name:
             trained[name] = tensor
     return trained

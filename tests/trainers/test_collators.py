@@ -436,6 +436,73 @@ class TestFineTuningCollator:
         )
         assert llama.decode(labels_of(tensors)[0]) == "William Shakespeare<|eot_id|>"
 
+    def test_a_mixed_question_reads_one_document_as_text_and_then_memories(self, llama) -> None:
+        memory = token_id(llama, "<MEM>")
+        rows = [replace(ROW, id=f"q{number}") for number in range(200)]
+        collator = finetuning(llama, mixed_share=1.0)
+        lengths = {t: collator.document_prompt.render(t).n_memory for t in ROW.documents}
+
+        tensors = collator(rows)
+
+        first = []
+        for ids in rows_of(tensors, "decoder"):
+            text = llama.decode(ids).split("Background:\n")[1].split("\n\n")[0]
+            as_text, *others = text.split("\n")
+            first.append(as_text)
+            assert all(set(other) == set("<MEM>") for other in others)
+            assert ids.count(memory) == sum(lengths.values()) - lengths[as_text]
+        # Three of four have the gold one as text; the others any other.
+        assert set(first) == set(ROW.documents)
+        assert first.count(ROW.documents[0]) == pytest.approx(150, abs=15)
+        assert len(tensors["document_index"]) == 2 * len(rows)
+        assert labels_of(tensors)[0] == labels_of(finetuning(llama)([ROW]))[0]
+
+    def test_questions_are_read_from_text_mixed_and_from_memories_by_their_shares(
+        self, llama
+    ) -> None:
+        rows = [replace(ROW, id=f"q{number}") for number in range(200)]
+        documents = DocumentPrompt.from_config(config(), llama)
+        lengths = [documents.render(text).n_memory for text in ROW.documents]
+
+        tensors = finetuning(llama, text_share=0.2, mixed_share=0.5)(rows)
+
+        counts = [row.count(token_id(llama, "<MEM>")) for row in rows_of(tensors, "decoder")]
+        assert counts.count(0) == pytest.approx(40, abs=12)
+        assert counts.count(sum(lengths)) == pytest.approx(60, abs=15)
+
+    def test_a_mixed_question_with_one_document_reads_it_as_text(self, llama) -> None:
+        row = replace(ROW, documents=ROW.documents[1:2], gold=(False,))
+
+        tensors = finetuning(llama, mixed_share=1.0)([row])
+
+        assert "compressor_input_ids" not in tensors
+        assert "Background:\nWater boils." in llama.decode(rows_of(tensors, "decoder")[0])
+
+    def test_relevance_is_that_of_the_documents_that_are_compressed(self, llama) -> None:
+        oscar = config(query_dependent=True, rerank=True)
+        add_rerank_token(llama)
+        row = replace(ROW, relevance=(0.9, 0.5, 0.1))
+        documents = DocumentPrompt.from_config(oscar, llama)
+        said = {
+            tuple(documents.render(text, ROW.question).input_ids): relevance
+            for text, relevance in zip(ROW.documents, row.relevance, strict=True)
+        }
+
+        tensors = FineTuningCollator(oscar, llama, llama, mixed_share=1.0)([row])
+
+        compressed = rows_of(tensors, "compressor")
+        assert len(compressed) == 2
+        assert tensors["relevance"].tolist() == pytest.approx([said[tuple(d)] for d in compressed])
+
+    @pytest.mark.parametrize(("text", "mixed"), [(0.6, 0.5), (-0.1, 0.5), (0.0, -0.1), (0.0, 1.1)])
+    def test_shares_that_are_none_or_more_than_all_are_refused(
+        self, llama, text: float, mixed: float
+    ) -> None:
+        with pytest.raises(
+            ValueError, match=rf"text_share is {text} and data\.mixed_share {mixed}"
+        ):
+            finetuning(llama, text_share=text, mixed_share=mixed)
+
     def test_a_document_read_as_text_is_cut_where_the_compressor_would_cut_it(self, llama) -> None:
         short = config(max_document_tokens=3)
         tokens = llama.encode(ROW.documents[0], add_special_tokens=False)

@@ -172,6 +172,35 @@ def test_the_text_baseline_trains_the_decoder_alone(tmp_path: Path, questions: s
     )
 
 
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_a_decoder_that_learns_alone_reads_memories_that_were_stored_before(
+    tmp_path: Path, questions: str, storage: str
+) -> None:
+    start = build_model(compressor_layers=1, readout="words")
+    start.save_pretrained(tmp_path / "start", storage=storage)
+
+    code = main(
+        [
+            *("finetune", *SHORT_ANSWERS, f"model={tmp_path / 'start'}", "data.mixed_share=0.5"),
+            *(f"data.train=[{questions}]", f"out_dir={tmp_path / 'end'}"),
+            *("optimizer.compressor_lr=0", "optimizer.connector_lr=0", f"run.storage={storage}"),
+        ]
+    )
+
+    assert code == 0
+    before, after = (
+        SoftRAGModel.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("start", "end")
+    )
+    assert before.fingerprint == after.fingerprint
+    learned = after.trained_state()
+    assert {
+        name.split(".")[0]
+        for name, tensor in before.trained_state().items()
+        if not torch.equal(tensor, learned[name])
+    } == {"decoder"}
+
+
 def test_an_int8_checkpoint_is_taken_up_where_it_was_left(
     tmp_path: Path, texts: str, questions: str
 ) -> None:

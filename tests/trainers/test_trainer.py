@@ -116,6 +116,26 @@ def test_questions_are_learned_and_the_speed_is_logged(tmp_path: Path) -> None:
     assert len(logged(trainer, "tokens_per_second")) == 25
 
 
+def test_a_part_whose_learning_rate_is_0_stays_as_it_is_and_takes_no_gradients(
+    tmp_path: Path,
+) -> None:
+    model = build_model(readout="words")
+    before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    fingerprint = model.fingerprint
+    rates = {"compressor_lr": 0.0, "connector_lr": 0.0, "decoder_lr": 1e-2}
+
+    build_trainer(tmp_path, model, optimizer={"steps": 2, "weight_decay": 0.1, **rates}).train()
+
+    changed = {n for n, t in model.trained_state().items() if not torch.equal(t, before[n])}
+    assert changed == {name for name in before if name.startswith("decoder.")}
+    assert model.fingerprint == fingerprint
+    assert all(
+        parameter.grad is None and not parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if not name.startswith("decoder.")
+    )
+
+
 def test_a_rerank_head_learns_which_document_is_gold(tmp_path: Path) -> None:
     model = build_model(query_dependent=True, rerank=True)
     rates = {"compressor_lr": 5e-3, "connector_lr": 5e-3, "decoder_lr": 0.0}

@@ -66,7 +66,7 @@ class WarmStart:
 
 @dataclass
 class Optimizer:
-    """AdamW with a learning rate for each part; linear warm-up and decay.
+    """AdamW with a learning rate for each part, 0 leaving it as it is; linear warm-up and decay.
 
     Attributes:
         compressor_lr: Of the compressor.
@@ -217,6 +217,8 @@ class QuestionData:
         min_documents: Fewest documents a question is taught with.
         max_documents: Most; null: all it has.
         text_share: Share of questions that read their documents as text.
+        mixed_share: Share of questions that read one document as text, three times of four a gold
+            one, and the others from memories (mode "mixed").
         max_new_tokens: Of generated answers in evaluations.
         rates: Rates to draw from for each question, for one model of several; empty: the model's.
     """
@@ -227,6 +229,7 @@ class QuestionData:
     min_documents: int = 5
     max_documents: int | None = None
     text_share: float = 0.0
+    mixed_share: float = 0.0
     max_new_tokens: int = 64
     rates: list[int] = field(default_factory=list)
 

@@ -120,6 +120,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         min_documents=data.min_documents,
         max_documents=data.max_documents,
         text_share=data.text_share,
+        mixed_share=data.mixed_share,
         teacher=teacher is not None,
         saying=options.optimizer.saying_weight > 0,
         replay=texts,

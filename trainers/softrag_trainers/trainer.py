@@ -88,6 +88,7 @@ class SoftRAGTrainer(Trainer):
             )
         self.options = options
         self.teacher = teacher
+        _freeze_unlearned(model, options)
         self.budget = TimeBudget(options.minutes, uncounted=3 if run.compile else 1)
         self.watch = LossWatch(Path(out_dir))
         self.best = BestWeights() if run.keep_best else None
@@ -168,14 +169,10 @@ class SoftRAGTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the parts' learning rates; vectors are not decayed."""
         if self.optimizer is None:
-            rates = {
-                "compressor": self.options.compressor_lr,
-                "decoder": self.options.decoder_lr,
-            }
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, parameter in self.bare_model.named_parameters():
                 if parameter.requires_grad:
-                    rate = rates.get(name.split(".")[0], self.options.connector_lr)
+                    rate = _learning_rate(name, self.options)
                     decay = self.options.weight_decay if parameter.ndim > 1 else 0.0
                     groups.setdefault((rate, decay), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
@@ -348,6 +345,19 @@ class SoftRAGTrainer(Trainer):
     ) -> None:
         source = checkpoint.open_source(Path(resume_from_checkpoint))
         checkpoint.load_weights(self.bare_model, source)
+
+
+def _learning_rate(name: str, options: Optimizer) -> float:
+    parts = {"compressor": options.compressor_lr, "decoder": options.decoder_lr}
+    return parts.get(name.split(".")[0], options.connector_lr)
+
+
+def _freeze_unlearned(model: SoftRAGModel, options: Optimizer) -> None:
+    """Take no gradients of parts whose learning rate is 0, where another part learns."""
+    learning = [bool(_learning_rate(name, options)) for name, _ in model.named_parameters()]
+    if any(learning):
+        for learns, parameter in zip(learning, model.parameters(), strict=True):
+            parameter.requires_grad_(learns and parameter.requires_grad)
 
 
 def _default_workers() -> int:
