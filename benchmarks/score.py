@@ -31,7 +31,7 @@ def score(
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
-    embedder = default_embedder() if "mixed" in modes else None
+    embedder = default_embedder() if {"mixed", "excerpts"} & set(modes) else None
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for file in files:
         questions = read_questions(file, limit)

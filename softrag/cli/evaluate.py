@@ -27,7 +27,6 @@ from softrag.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from softrag.answer import Mode
     from softrag.comparison import (
         Calibration,
         ChatEndpoint,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         LoadedModel,
         Row,
         StoredChunks,
+        Way,
     )
     from softrag.evaluation import Question
     from softrag.router import Router
@@ -49,7 +49,7 @@ class _Plan:
     """What was asked for, checked."""
 
     models: Sequence[str]
-    modes: Sequence[Mode]
+    modes: Sequence[Way]
     codecs: Sequence[str]
     device: str | None
     dtype: str
@@ -82,7 +82,10 @@ def evaluate(
         typer.Option(help="How memories are stored, with commas between; as the store, or bf16."),
     ] = None,
     modes: Annotated[
-        str, typer.Option(help="What to compare, with commas between.")
+        str,
+        typer.Option(
+            help="What to compare, with commas between: closed, text, memory, mixed, excerpts."
+        ),
     ] = "closed,text,memory",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     device: Device = None,
@@ -121,7 +124,6 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure what memories cost and save on your own questions."""
-    from softrag.answer import reads_memories
     from softrag.cli.evaluation_table import print_calibration, print_comparison
     from softrag.cli.show import print_json
     from softrag.comparison import (
@@ -162,8 +164,8 @@ def evaluate(
         rate=rate,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        # Its tokenizer measures the chunks of files.
-        with_compressor=any(map(reads_memories, wanted)) or corpus is not None,
+        # It tells how long memories are, and its tokenizer measures the chunks of files.
+        with_compressor=not set(wanted) <= {"closed", "text"} or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
         lookahead=router.lookahead if router else LOOKAHEAD if calibrate else 0,
         quiet=json,
@@ -216,19 +218,20 @@ def evaluate(
         raise refusal
 
 
-def _parse_modes(modes: str) -> list[Mode]:
+def _parse_modes(modes: str) -> list[Way]:
     from softrag.answer import Mode
 
+    known = (*get_args(Mode), "excerpts")
     wanted = [mode.strip() for mode in modes.split(",") if mode.strip()]
     for mode in wanted:
-        if mode not in get_args(Mode):
+        if mode not in known:
             raise typer.BadParameter(
-                f"{mode!r} is no mode; choose from {', '.join(get_args(Mode))}.",
+                f"{mode!r} is no mode; choose from {', '.join(known)}.",
                 param_hint="--modes",
             )
     if not wanted:
         raise typer.BadParameter("name at least one mode.", param_hint="--modes")
-    return cast("list[Mode]", list(dict.fromkeys(wanted)))
+    return cast("list[Way]", list(dict.fromkeys(wanted)))
 
 
 def _parse_codecs(codecs: str | None) -> list[str]:
@@ -344,7 +347,7 @@ def _write_questions(
 
 
 def _questions(
-    file: Path, limit: int | None, modes: Sequence[Mode], has_chunks: bool
+    file: Path, limit: int | None, modes: Sequence[Way], has_chunks: bool
 ) -> list[Question]:
     from softrag.evaluation import read_questions
 
@@ -364,7 +367,8 @@ def _rows(
     from softrag.embedder import default_embedder
 
     # What a search found comes best first; documents of the file come in any order.
-    embedder = default_embedder() if "mixed" in plan.modes and not ranked else None
+    searches = "excerpts" in plan.modes or ("mixed" in plan.modes and not ranked)
+    embedder = default_embedder() if searches else None
     rows: list[Row] = []
     n_rows = len(plan.models) * len(plan.modes) + (len(plan.codecs) - 1) * len(plan.models) * (
         "memory" in plan.modes

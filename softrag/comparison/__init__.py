@@ -7,7 +7,7 @@ from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.comparison.judge import judge_answers
 from softrag.comparison.question_writing import decoder_writer, endpoint_writer, write_questions
 from softrag.comparison.report import examples, write_report
-from softrag.comparison.rows import Comparison, LoadedModel, Row, answer_rows, fall_back
+from softrag.comparison.rows import Comparison, LoadedModel, Row, Way, answer_rows, fall_back
 from softrag.comparison.summary import summarize, summarize_calibration
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LoadedModel",
     "Row",
     "StoredChunks",
+    "Way",
     "answer_rows",
     "calibrate",
     "decoder_writer",

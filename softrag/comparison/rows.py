@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
 
 from softrag.answer import Mode, reads_memories
+from softrag.comparison.excerpts import excerpt
 from softrag.comparison.intervals import Bootstrap, Interval
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeResult, TorchDecoder
@@ -26,6 +29,9 @@ from softrag.question_set import (
     texts_of,
 )
 from softrag.router import Router
+
+Way = Mode | Literal["excerpts"]
+"""What is compared: the engine's modes, and text that is cut to the length of the memories."""
 
 RIGHT = 50.0
 """A question counts as right from this score on; the metrics that decide are 0 or 100."""
@@ -82,7 +88,7 @@ class Row:
         results: One per question, in order.
         scores: `(questions,)` by metric, in percent.
         compress_s: Seconds per question spent on memories, all of them where a store would have
-            had them.
+            had them; or on cutting excerpts.
         decode_s: Seconds per question spent on answering; many were answered together.
         stored_bytes: What is stored per distinct document for this way of reading.
         text_share: Part of the questions that a fallback answered from text; None without one.
@@ -90,7 +96,7 @@ class Row:
 
     name: str
     model: str
-    mode: Mode
+    mode: Way
     results: Sequence[DecodeResult]
     scores: dict[str, np.ndarray]
     compress_s: float
@@ -112,7 +118,7 @@ def answer_rows(
     questions: Sequence[Question],
     model: LoadedModel,
     *,
-    modes: Sequence[Mode],
+    modes: Sequence[Way],
     codecs: Sequence[str] = ("bf16",),
     batch_size: int = 16,
     max_new_tokens: int = 64,
@@ -126,29 +132,33 @@ def answer_rows(
     Args:
         questions: The questions with their documents.
         model: What answers.
-        modes: What to read.
+        modes: What to read. Mode "excerpts" needs an embedder and a compressor.
         codecs: Mode "memory" reads memories as stores with these codecs return them, a row each;
             only the first for a query-dependent model, which stores none.
         batch_size: Questions answered together.
         max_new_tokens: Most tokens of an answer.
         with_state: Whether mode "memory" brings the state that a router may look at.
         lookahead: First tokens of whose text mode "memory" brings, for a router.
-        embedder: Finds the document that mode "mixed" reads as text; None takes the first, as of
-            documents that a search found.
+        embedder: Finds the document that mode "mixed" reads as text, None taking the first, as of
+            documents that a search found; and the sentences of mode "excerpts".
         on_answers: Called with the row's name and the number of new answers.
     """
     distinct = {text for question in questions for text in texts_of(question)}
     memories: SetMemories | None = None
-    if any(map(reads_memories, modes)) and model.compressor is not None:
+    read_as: dict[Way, Mode] = {way: "text" if way == "excerpts" else way for way in modes}
+    if any(map(reads_memories, read_as.values())) and model.compressor is not None:
         memories = compress_set(questions, model.compressor)
-    for mode in modes:
+    for way, mode in read_as.items():
+        started = perf_counter()
+        asked = _documents_for(way, questions, model, embedder)
+        cut_s = perf_counter() - started if way == "excerpts" else 0.0
         for codec in codecs if mode == "memory" and memories and memories.by_text else codecs[:1]:
             read = memories.encoded(codec) if memories and reads_memories(mode) else None
             name = _row_name(
-                model.name, mode, codec if len(codecs) > 1 and read and read.by_text else None
+                model.name, way, codec if len(codecs) > 1 and read and read.by_text else None
             )
             answered = answer_set(
-                nearest_first(questions, embedder) if mode == "mixed" and embedder else questions,
+                asked,
                 mode=mode,
                 decoder=model.decoder,
                 compressor=model.compressor,
@@ -168,14 +178,28 @@ def answer_rows(
             yield Row(
                 name=name,
                 model=model.name,
-                mode=mode,
+                mode=way,
                 results=answered.results,
                 scores=score_results(questions, answered.results),
-                compress_s=(answered.compress_s + (read.compress_s if read else 0))
+                compress_s=(answered.compress_s + cut_s + (read.compress_s if read else 0))
                 / len(questions),
                 decode_s=answered.decode_s / len(questions),
                 stored_bytes=stored[mode] / max(1, len(distinct)),
             )
+
+
+def _documents_for(
+    way: Way, questions: Sequence[Question], model: LoadedModel, embedder: Embedder | None
+) -> Sequence[Question]:
+    """Return the questions with their documents as a way of answering reads them."""
+    if way == "excerpts":
+        if embedder is None or model.compressor is None:
+            raise ValueError(
+                "Mode 'excerpts' needs an embedder, which finds the sentences, and a model with "
+                "its compressor, which says how long memories are. Give both."
+            )
+        return excerpt(questions, embedder, model.compressor)
+    return nearest_first(questions, embedder) if way == "mixed" and embedder else questions
 
 
 def fall_back(memory: Row, text: Row, router: Router, questions: Sequence[Question]) -> Row:

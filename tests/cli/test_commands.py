@@ -369,6 +369,18 @@ def test_eval_puts_mixed_between_memories_and_text(tmp_path):
     assert mixed["stored_bytes"] == pytest.approx(both)
 
 
+def test_eval_compares_memories_with_excerpts_of_their_length(tmp_path):
+    file = write_questions(tmp_path / "questions.jsonl")
+
+    options = ("--modes", "excerpts,text", "--limit", 3, "--max-new-tokens", 4, "--json")
+    result = run("eval", file, *options, store=tmp_path / "unused")
+
+    assert result.exit_code == 0, result.output
+    modes = json.loads(result.stdout)["modes"]
+    assert modes["excerpts"]["prompt_tokens"] < modes["text"]["prompt_tokens"]
+    assert "f1" in modes["excerpts"]["against_text"]
+
+
 def test_eval_runs_only_the_modes_that_are_named(tmp_path):
     file = write_questions(tmp_path / "questions.jsonl")
 

@@ -22,6 +22,7 @@ from softrag.comparison import (
     calibrate,
     decoder_writer,
     endpoint_writer,
+    excerpts,
     fall_back,
     judge_answers,
     retrieve_for,
@@ -29,12 +30,14 @@ from softrag.comparison import (
     write_questions,
     write_report,
 )
+from softrag.comparison.excerpts import excerpt
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeResult, TorchDecoder
 from softrag.documents import Document
 from softrag.engine import SoftRAG
 from softrag.errors import EndpointError, MemoryMismatchError, StoreError
 from softrag.evaluation import Question, read_questions
+from softrag.question_set import texts_of
 from softrag.router import Router
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
@@ -135,6 +138,53 @@ def test_mixed_reads_the_text_that_is_nearest_to_the_question(loaded):
     assert tokens(HashingEmbedder()) == read(near, SENTENCES[1], SENTENCES[0])
     assert tokens(None) == read(SENTENCES[1], near, SENTENCES[0])
     assert len({tokens(None), tokens(HashingEmbedder())}) == 2
+
+
+def test_excerpts_are_the_nearest_sentences_no_longer_than_the_memories(loaded):
+    told, near = "The cat sat down.", "What is said in 1? Nothing of use."
+    questions = [question(1, f"{told} {near} {told}", *[SENTENCES[0]] * 7)]
+
+    def length(text: str) -> int:
+        return len(loaded.compressor.prompt.tokenize(text))
+
+    (cut,) = excerpt(questions, HashingEmbedder(), loaded.compressor)
+
+    soft_tokens = sum(
+        loaded.compressor.prompt.render(text).n_memory for text in texts_of(questions[0])
+    )
+    assert sum(length(text) for text in texts_of(cut)) <= soft_tokens
+    (row, memory, text) = answer_rows(
+        questions, loaded, modes=["excerpts", "memory", "text"], embedder=HashingEmbedder()
+    )
+    assert (row.name, row.mode) == ("excerpts", "excerpts")
+    read = loaded.decoder.prompt_tokens(questions[0].question, texts_of(cut))
+    assert row.prompt_tokens.tolist() == [read]
+    assert row.prompt_tokens < text.prompt_tokens
+    assert row.stored_bytes == text.stored_bytes
+    assert row.compress_s > 0 == text.compress_s
+    assert Comparison(questions=questions, rows=[row, memory, text]).text_of(row) is text
+
+
+def test_an_excerpt_keeps_the_order_of_the_text_and_at_least_one_sentence(loaded, monkeypatch):
+    first, last = "What is said in 1?", "What is said in 1 in the end?"
+    far = "A sentence about cats that sat down somewhere on a large mat, for a long time."
+    questions = [question(1, far, f"{first}\n\n{far}\n\n{last}")]
+
+    def cut(soft_tokens: int) -> list[str]:
+        monkeypatch.setattr(excerpts, "_soft_tokens", lambda *_: soft_tokens)
+        (each,) = excerpt(questions, HashingEmbedder(), loaded.compressor)
+        assert len(each.gold) == len(each.documents)
+        return texts_of(each)
+
+    both = len(loaded.compressor.prompt.tokenize(f"{first} {last}"))
+    assert cut(both) == [f"{first} {last}"]
+    assert cut(1) == [first]
+    assert texts_of(questions[0])[0] in cut(1000)
+
+
+def test_excerpts_without_an_embedder_are_refused(loaded):
+    with pytest.raises(ValueError, match="Mode 'excerpts' needs an embedder"):
+        next(answer_rows([question(1, SENTENCES[0])], loaded, modes=["excerpts"]))
 
 
 def test_a_query_dependent_model_stores_nothing(tmp_path):
