@@ -563,6 +563,15 @@ def test_misuse_is_answered_with_the_reason_and_exit_code_2(
             "do not fit the compressor. Set arch.compressor=shared",
         ),
         (
+            [
+                "finetune",
+                "data.train=[{questions}]",
+                "model={checkpoint}",
+                "warm_start.checkpoint={checkpoint}",
+            ],
+            "`warm_start` gives weights to what `arch` builds",
+        ),
+        (
             ["finetune", "data.train=[{questions}]", "warm_start.reader=true"],
             "name it (warm_start.checkpoint=FOLDER)",
         ),

@@ -230,6 +230,12 @@ def _start(options: Pretrain | Finetune) -> tuple[SoftRAGModel, set[str]]:
     take_device()
     frozen = torch.bfloat16 if computes_in_bf16(run) else torch.float32
     if options.model is not None:
+        if options.warm_start.checkpoint is not None:
+            raise ValueError(
+                f"Found model={options.model} and warm_start.checkpoint="
+                f"{options.warm_start.checkpoint}; expected one of them. `model` goes on with a "
+                "checkpoint as it is; `warm_start` gives weights to what `arch` builds."
+            )
         model = SoftRAGModel.from_pretrained(options.model, dtype=torch.float32).train()
         model.config.storage = "full"
         known, learned = set(model.trained_state()), model.learned_names()
