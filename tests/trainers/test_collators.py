@@ -494,6 +494,23 @@ class TestFineTuningCollator:
         assert len(compressed) == 2
         assert tensors["relevance"].tolist() == pytest.approx([said[tuple(d)] for d in compressed])
 
+    def test_memories_beside_the_text_that_holds_the_answer_say_that_there_is_none(
+        self, llama
+    ) -> None:
+        oscar = config(query_dependent=True)
+        row = replace(ROW, documents=ROW.documents[:2], gold=(True, False))
+        end = RagPrompt.from_config(oscar, llama).end_id
+        collator = FineTuningCollator(oscar, llama, llama, mixed_share=1.0, saying=True)
+        batches = [collator([replace(row, id=str(number))]) for number in range(20)]
+
+        answered = ["Hamlet" in llama.decode(rows_of(batch, "decoder")[0]).split("Question:")[0]
+                    for batch in batches]  # fmt: skip
+
+        assert set(answered) == {True, False}
+        for batch, in_text in zip(batches, answered, strict=True):
+            said = batch["soft_token_labels"]
+            assert (said[0].item() == end) == in_text
+
     @pytest.mark.parametrize(("text", "mixed"), [(0.6, 0.5), (-0.1, 0.5), (0.0, -0.1), (0.0, 1.1)])
     def test_shares_that_are_none_or_more_than_all_are_refused(
         self, llama, text: float, mixed: float

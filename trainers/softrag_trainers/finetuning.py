@@ -114,7 +114,7 @@ class FineTuningCollator(MemoryCollator):
         relevance = row.relevance or (row.gold if any(row.gold) else ())
         said = [float(relevance[index]) for index in remembered if relevance]
         holds = [row.gold[index] for index in remembered if self.config.query_dependent]
-        return Lesson(compressed, prompt, said, teacher, holds=holds if any(holds) else ())
+        return Lesson(compressed, prompt, said, teacher, holds=holds if any(row.gold) else ())
 
     def _found_first(self, chosen: list[int], gold: Sequence[bool]) -> list[int]:
         """Return the documents with one in front that a search may have found best."""
