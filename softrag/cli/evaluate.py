@@ -219,14 +219,13 @@ def evaluate(
 
 
 def _parse_modes(modes: str) -> list[Way]:
-    from softrag.answer import Mode
+    from softrag.comparison import Way
 
-    known = (*get_args(Mode), "excerpts")
     wanted = [mode.strip() for mode in modes.split(",") if mode.strip()]
     for mode in wanted:
-        if mode not in known:
+        if mode not in get_args(Way):
             raise typer.BadParameter(
-                f"{mode!r} is no mode; choose from {', '.join(known)}.",
+                f"{mode!r} is no mode; choose from {', '.join(get_args(Way))}.",
                 param_hint="--modes",
             )
     if not wanted:

@@ -30,7 +30,7 @@ from softrag.question_set import (
 )
 from softrag.router import Router
 
-Way = Mode | Literal["excerpts"]
+Way = Literal[Mode, "excerpts"]
 """What is compared: the engine's modes, and text that is cut to the length of the memories."""
 
 RIGHT = 50.0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -355,14 +356,18 @@ def test_eval_compares_modes_on_a_file_that_brings_its_documents(tmp_path, name)
     assert not (tmp_path / "unused").exists()
 
 
-def test_eval_puts_mixed_between_memories_and_text(tmp_path):
-    file = write_questions(tmp_path / "questions.jsonl")
-
-    options = ("--modes", "memory,mixed,text", "--limit", 3, "--max-new-tokens", 4, "--json")
-    result = run("eval", file, *options, store=tmp_path / "unused")
-
+def rows_of_eval(folder: Path, modes: str) -> dict[str, Any]:
+    """Return the rows of an evaluation of three questions, by their names."""
+    file = write_questions(folder / "questions.jsonl")
+    options = ("--modes", modes, "--limit", 3, "--max-new-tokens", 4, "--json")
+    result = run("eval", file, *options, store=folder / "unused")
     assert result.exit_code == 0, result.output
-    modes = json.loads(result.stdout)["modes"]
+    return json.loads(result.stdout)["modes"]
+
+
+def test_eval_puts_mixed_between_memories_and_text(tmp_path):
+    modes = rows_of_eval(tmp_path, "memory,mixed,text")
+
     memory, mixed, text = (modes[name] for name in ("memory", "mixed", "text"))
     assert memory["prompt_tokens"] < mixed["prompt_tokens"] < text["prompt_tokens"]
     both = memory["stored_bytes"] + text["stored_bytes"]
@@ -370,13 +375,8 @@ def test_eval_puts_mixed_between_memories_and_text(tmp_path):
 
 
 def test_eval_compares_memories_with_excerpts_of_their_length(tmp_path):
-    file = write_questions(tmp_path / "questions.jsonl")
+    modes = rows_of_eval(tmp_path, "excerpts,text")
 
-    options = ("--modes", "excerpts,text", "--limit", 3, "--max-new-tokens", 4, "--json")
-    result = run("eval", file, *options, store=tmp_path / "unused")
-
-    assert result.exit_code == 0, result.output
-    modes = json.loads(result.stdout)["modes"]
     assert modes["excerpts"]["prompt_tokens"] < modes["text"]["prompt_tokens"]
     assert "f1" in modes["excerpts"]["against_text"]
 

@@ -87,30 +87,25 @@ class FineTuningCollator(MemoryCollator):
                 "it: python -m softrag_trainers label."
             )
         chosen = self._choose(row)
-        kind = self.random.random()
-        as_text = kind < self.text_share
-        n_texts = int(self.text_share <= kind < self.text_share + self.mixed_share)
-        if n_texts:
-            chosen = self._found_first(chosen, row.gold)
+        kind, n_texts = self.random.random(), 0
+        if kind < self.text_share:
+            n_texts = len(chosen)
+        elif kind < self.text_share + self.mixed_share:
+            n_texts, chosen = 1, self._found_first(chosen, row.gold)
         documents = [row.documents[index] for index in chosen]
         question, answer = row.question, row.answers[0]
         for_question = question if self.config.query_dependent else None
         rendered = [self.document_prompt.render(text, for_question) for text in documents]
-
-        def texts(count: int) -> list[str]:
-            # Cut where the compressor would cut, so that both read the same.
-            pairs = zip(documents[:count], rendered[:count], strict=True)
-            return [cut_text(self.document_prompt, text, document) for text, document in pairs]
-
-        from_text = None
-        if as_text or self.teacher:
-            from_text = self.rag_prompt.render(question, texts(len(documents)), answer)
-        teacher = from_text if self.teacher else None
-        if as_text and from_text is not None:
-            return Lesson([], from_text, teacher=teacher)
+        # Cut where the compressor would cut, so that both read the same.
+        readable = slice(len(chosen) if self.teacher else n_texts)
+        texts = [
+            cut_text(self.document_prompt, text, document)
+            for text, document in zip(documents[readable], rendered[readable], strict=True)
+        ]
+        teacher = self.rag_prompt.render(question, texts, answer) if self.teacher else None
         compressed, remembered = rendered[n_texts:], chosen[n_texts:]
         lengths = [document.n_memory for document in compressed]
-        prompt = self.rag_prompt.render(question, [*texts(n_texts), *lengths], answer)
+        prompt = self.rag_prompt.render(question, [*texts[:n_texts], *lengths], answer)
         relevance = row.relevance or (row.gold if any(row.gold) else ())
         said = [float(relevance[index]) for index in remembered if relevance]
         holds = [row.gold[index] for index in remembered if self.config.query_dependent]

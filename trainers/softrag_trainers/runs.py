@@ -109,8 +109,10 @@ def finetune(options: Finetune) -> SoftRAGModel:
         train_rows = Replay(rows, pieces, share=replayed.share, seed=run.seed)
         documents = ((row.text, None) for row in text_rows)
     _calibrate_connector(model, known, documents, run)
+    optimizer = options.optimizer
     if data.text_share == 1 and texts is None:
-        _freeze_compressor(model)
+        # No row has a document to compress.
+        optimizer = dataclasses.replace(optimizer, compressor_lr=0.0, connector_lr=0.0)
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
     collator = FineTuningCollator(
@@ -138,7 +140,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
 
     trainer = SoftRAGTrainer(
         model,
-        options=options.optimizer,
+        options=optimizer,
         run=run,
         out_dir=options.out_dir,
         collator=collator,
@@ -356,13 +358,6 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> set[str]:
         ours[name].copy_(tensor)
     logger.info("%d of %d tensors from %s", len(fitting), len(ours), start.checkpoint)
     return set(fitting)
-
-
-def _freeze_compressor(model: SoftRAGModel) -> None:
-    """Train the decoder alone, where no row has a document to compress."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith("decoder."):
-            parameter.requires_grad_(False)
 
 
 def _collator_of_texts(
