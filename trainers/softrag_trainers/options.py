@@ -219,6 +219,8 @@ class QuestionData:
         text_share: Share of questions that read their documents as text.
         mixed_share: Share of questions that read one document as text, three times of four a gold
             one, and the others from memories (mode "mixed").
+        ranked: Documents come best first, as a search has them: a gold one in front for three
+            questions of four. Otherwise in any order.
         max_new_tokens: Of generated answers in evaluations.
         rates: Rates to draw from for each question, for one model of several; empty: the model's.
     """
@@ -230,6 +232,7 @@ class QuestionData:
     max_documents: int | None = None
     text_share: float = 0.0
     mixed_share: float = 0.0
+    ranked: bool = False
     max_new_tokens: int = 64
     rates: list[int] = field(default_factory=list)
 

@@ -123,6 +123,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         max_documents=data.max_documents,
         text_share=data.text_share,
         mixed_share=data.mixed_share,
+        ranked=data.ranked,
         teacher=teacher is not None,
         saying=options.optimizer.saying_weight > 0,
         replay=texts,
