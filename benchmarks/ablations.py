@@ -68,6 +68,7 @@ class Machine:
     limit: int
     tiny: Path | None
     commit: str
+    as_given: bool = False
 
     def folder(self, run: str) -> Path:
         """Return where a run's files are."""
@@ -124,7 +125,7 @@ class Machine:
         train = self.train(run, names)
         score = [sys.executable, str(ROOT / "benchmarks" / "score.py"), str(folder)]
         score += [*self.files["dev"], f"--json={folder / 'scores.json'}", f"--limit={self.limit}"]
-        score += ["--modes", *run.modes]
+        score += ["--modes", *run.modes, *(["--as-given"] if self.as_given else [])]
         for stale in ("scores.json", "trainer_state.json"):
             (folder / stale).unlink(missing_ok=True)
         failed = None
@@ -364,6 +365,12 @@ def main() -> int:
     parser.add_argument("--qa-dev", nargs="+", default=[], help="what {dev} stands for, scored on")
     parser.add_argument("--start", default="softrag-demo", help="what {start} stands for")
     parser.add_argument("--limit", type=int, default=300, help="questions scored of each set")
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="score with documents in the files' order, for files that have the nearest first "
+        "already or machines without the embedder",
+    )
     parser.add_argument("--only", nargs="+", help="these runs, and what they need")
     parser.add_argument("--seed", type=int, help="of the runs of --only, as new runs NAME@SEED")
     parser.add_argument("--stop-after", type=float, help="start nothing that ends after MINUTES")
@@ -385,6 +392,7 @@ def main() -> int:
         limit=options.limit if not options.dry else 2,
         tiny=build_tiny(options.out / "tiny") if options.dry else None,
         commit=subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip(),
+        as_given=options.as_given,
     )
     return 0 if carry_out(runs, machine, options.gpus, options.together, options.stop_after) else 1
 

@@ -5,8 +5,9 @@
 
 `answer` needs a GPU to be quick: it answers every file closed book, from text and from memories,
 and writes `answers.json` (scores, answers, log-probabilities, texts) and `states.npz` (prompt
-states). `route` fits routers on one half of the questions of all files and tests them on the
-other half, on any machine; it needs scikit-learn.
+states). Documents are read nearest to the question first, as a search would return them. `route`
+fits routers on one half of the questions of all files and tests them on the other half, on any
+machine; it needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,26 +22,37 @@ import torch
 
 from softrag.comparison import Bootstrap, LoadedModel, answer_rows, calibrate
 from softrag.decoder import DecodeResult
+from softrag.embedder import default_embedder
 from softrag.evaluation import read_questions
-from softrag.question_set import texts_of
+from softrag.question_set import nearest_first, texts_of
 from softrag.router import LOOKAHEAD
 
 SEEDS = range(10)
 
 
 def answer(
-    checkpoint: str, files: list[Path], out: Path, *, limit: int, batch_size: int, dtype: str
+    checkpoint: str,
+    files: list[Path],
+    out: Path,
+    *,
+    limit: int,
+    batch_size: int,
+    dtype: str,
+    as_given: bool,
 ) -> None:
     """Answer the files and write what a router could look at."""
     out.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype)
+    embedder = default_embedder()
     answered = []
     states = []
     seconds = {"load": perf_counter() - started}
     for file in files:
-        began = perf_counter()
         questions = read_questions(file, limit)
+        if not as_given:
+            questions = nearest_first(questions, embedder)
+        began = perf_counter()
         rows = list(
             answer_rows(
                 questions,
@@ -193,6 +205,7 @@ def main() -> None:
     first.add_argument("--limit", type=int, default=300)
     first.add_argument("--batch-size", type=int, default=320)
     first.add_argument("--dtype", default="auto")
+    first.add_argument("--as-given", action="store_true", help="documents in the file's order")
     second = commands.add_parser("route")
     second.add_argument("folder", type=Path)
     second.add_argument("--json", type=Path, required=True)
@@ -205,6 +218,7 @@ def main() -> None:
             limit=options.limit,
             batch_size=options.batch_size,
             dtype=options.dtype,
+            as_given=options.as_given,
         )
     else:
         route(options.folder, options.json)

@@ -2,6 +2,7 @@
 
     python benchmarks/score.py CHECKPOINT QUESTIONS.jsonl… --json FILE [--modes memory text]
 
+Documents are read nearest to the question first, as a search would return them.
 The file is written anew after every set: what is there stays when time runs out.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from softrag.comparison import Bootstrap, LoadedModel, answer_rows
 from softrag.embedder import default_embedder
 from softrag.evaluation import read_questions
+from softrag.question_set import nearest_first
 
 METRICS = ("em", "f1", "match")
 
@@ -28,13 +30,16 @@ def score(
     batch_size: int,
     dtype: str = "auto",
     rate: int | None = None,
+    as_given: bool = False,
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
-    embedder = default_embedder() if {"mixed", "excerpts"} & set(modes) else None
+    embedder = default_embedder()  # It loads its model when it is first asked to embed.
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for file in files:
         questions = read_questions(file, limit)
+        if not as_given and set(modes) != {"closed"}:
+            questions = nearest_first(questions, embedder)
         bootstrap = Bootstrap(len(questions))
         by_mode = scores.setdefault(file.name.split(".jsonl")[0], {})
         rows = answer_rows(questions, model, modes=modes, batch_size=batch_size, embedder=embedder)
@@ -59,6 +64,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=320)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="Read documents in the file's order; needs no embedder but in mode excerpts.",
+    )
     options = parser.parse_args()
     score(
         options.checkpoint,
@@ -69,6 +79,7 @@ def main() -> None:
         batch_size=options.batch_size,
         dtype=options.dtype,
         rate=options.rate,
+        as_given=options.as_given,
     )
 
 

@@ -64,11 +64,19 @@ def texts_of(question: Question) -> list[str]:
 
 
 def nearest_first(questions: Sequence[Question], embedder: Embedder) -> list[Question]:
-    """Return questions with their documents in the order that a search would find them in."""
-    distinct = list(dict.fromkeys(text for each in questions for text in texts_of(each)))
+    """Return questions with their documents in the order that a search would find them in.
+
+    The embedder sees only what has to be compared: of questions with one document or none, nothing.
+    """
+    several = [each for each in questions if len(each.documents) > 1]
+    if not several:
+        return list(questions)
+    distinct = list(dict.fromkeys(text for each in several for text in texts_of(each)))
     vectors = dict(zip(distinct, embedder.embed_documents(distinct), strict=True))
 
     def ranked(question: Question) -> Question:
+        if len(question.documents) < 2:
+            return question
         asked = embedder.embed_query(question.question)
         nearness = [float(vectors[text] @ asked) for text in texts_of(question)]
         order = sorted(range(len(nearness)), key=lambda place: -nearness[place])

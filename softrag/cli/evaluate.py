@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StoredChunks,
         Way,
     )
+    from softrag.embedder import Embedder
     from softrag.evaluation import Question
     from softrag.router import Router
 
@@ -73,6 +74,10 @@ def evaluate(
         Path | None, typer.Option(exists=True, help="Ask over the files in this folder instead.")
     ] = None,
     top_k: TopK = 5,
+    as_given: Annotated[
+        bool,
+        typer.Option("--as-given", help="Read a file's documents in its order, not nearest first."),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="Checkpoint; repeat to compare several. $SOFTRAG_MODEL unless given."),
@@ -133,7 +138,9 @@ def evaluate(
         summarize_calibration,
         write_report,
     )
+    from softrag.embedder import default_embedder
     from softrag.evaluation import read_questions
+    from softrag.question_set import nearest_first
     from softrag.router import LOOKAHEAD, Router
 
     wanted = _parse_modes(modes)
@@ -143,6 +150,7 @@ def evaluate(
         store,
         corpus,
         make_questions,
+        as_given=as_given,
         models=model or [],
         report=report,
         calibrate=calibrate,
@@ -173,8 +181,9 @@ def evaluate(
     hush_transformers()
     questions = [] if make_questions else _questions(file, limit, wanted, bool(store or corpus))
     first = _load(plan, 0)
+    embedder = default_embedder()  # It loads its model when it is first asked to embed.
     with ExitStack() as stack:
-        chunks = _open_chunks(store, corpus, first, stack)
+        chunks = _open_chunks(store, corpus, embedder, first, stack)
         if make_questions and chunks is not None:
             _write_questions(
                 file,
@@ -187,10 +196,13 @@ def evaluate(
             questions = read_questions(file, limit)
         if chunks is not None:
             questions = retrieve_for(questions, chunks, top_k)
+        elif not as_given and wanted != ["closed"]:
+            # Documents of a file stand in any order; a store would return the best first.
+            questions = nearest_first(questions, embedder)
         # As the store has them, so that what is measured is what is answered from.
         stored_as = chunks.codec if chunks else "bf16"
     plan = replace(plan, codecs=plan.codecs or [stored_as])
-    rows = _rows(questions, first, plan, ranked=chunks is not None)
+    rows = _rows(questions, first, plan, embedder)
     comparison = Comparison(questions=questions, rows=rows, seed=seed)
     if judge:
         comparison = _judged(comparison, _endpoint(judge, judge_model))
@@ -251,12 +263,18 @@ def _check_options(
     corpus: Path | None,
     make_questions: int | None,
     *,
+    as_given: bool,
     models: Sequence[str],
     report: Path | None,
     calibrate: Path | None,
 ) -> None:
     if store and corpus:
         raise typer.BadParameter("give --store or --corpus, not both.")
+    if as_given and (store or corpus):
+        raise typer.BadParameter(
+            "--as-given is about the file's own documents; those that --store or --corpus finds "
+            "come best first."
+        )
     if make_questions is None and not file.exists():
         raise typer.BadParameter(
             f"{file} does not exist. Write one, or let --make-questions write it.",
@@ -304,18 +322,21 @@ def _load(plan: _Plan, number: int) -> LoadedModel:
 
 
 def _open_chunks(
-    store: str | None, corpus: Path | None, model: LoadedModel, stack: ExitStack
+    store: str | None,
+    corpus: Path | None,
+    embedder: Embedder,
+    model: LoadedModel,
+    stack: ExitStack,
 ) -> StoredChunks | FolderChunks | None:
     if not (store or corpus):
         return None
     from softrag.comparison import FolderChunks, StoredChunks
-    from softrag.embedder import default_embedder
 
     if store:
-        return stack.enter_context(StoredChunks(store, default_embedder()))
+        return stack.enter_context(StoredChunks(store, embedder))
     assert corpus is not None
     assert model.compressor is not None
-    return FolderChunks(corpus, default_embedder(), model.compressor)
+    return FolderChunks(corpus, embedder, model.compressor)
 
 
 def _endpoint(url: str, model: str | None) -> ChatEndpoint:
@@ -360,14 +381,10 @@ def _questions(
 
 
 def _rows(
-    questions: Sequence[Question], first: LoadedModel, plan: _Plan, *, ranked: bool
+    questions: Sequence[Question], first: LoadedModel, plan: _Plan, embedder: Embedder
 ) -> list[Row]:
     from softrag.comparison import answer_rows
-    from softrag.embedder import default_embedder
 
-    # What a search found comes best first; documents of the file come in any order.
-    searches = "excerpts" in plan.modes or ("mixed" in plan.modes and not ranked)
-    embedder = default_embedder() if searches else None
     rows: list[Row] = []
     n_rows = len(plan.models) * len(plan.modes) + (len(plan.codecs) - 1) * len(plan.models) * (
         "memory" in plan.modes

@@ -25,7 +25,6 @@ from softrag.question_set import (
     SetMemories,
     answer_set,
     compress_set,
-    nearest_first,
     texts_of,
 )
 from softrag.router import Router
@@ -130,7 +129,8 @@ def answer_rows(
     """Answer the same questions from the same documents in several ways, and yield the rows.
 
     Args:
-        questions: The questions with their documents.
+        questions: The questions with their documents, best first as a search has them; where they
+            are in no order, `nearest_first` puts them in one.
         model: What answers.
         modes: What to read. Mode "excerpts" needs an embedder and a compressor.
         codecs: Mode "memory" reads memories as stores with these codecs return them, a row each;
@@ -139,8 +139,7 @@ def answer_rows(
         max_new_tokens: Most tokens of an answer.
         with_state: Whether mode "memory" brings the state that a router may look at.
         lookahead: First tokens of whose text mode "memory" brings, for a router.
-        embedder: Finds the document that mode "mixed" reads as text, None taking the first, as of
-            documents that a search found; and the sentences of mode "excerpts".
+        embedder: Finds the sentences of mode "excerpts".
         on_answers: Called with the row's name and the number of new answers.
     """
     distinct = {text for question in questions for text in texts_of(question)}
@@ -150,7 +149,7 @@ def answer_rows(
         memories = compress_set(questions, model.compressor)
     for way, mode in read_as.items():
         started = perf_counter()
-        asked = _documents_for(way, questions, model, embedder)
+        asked = _excerpts(questions, model, embedder) if way == "excerpts" else questions
         cut_s = perf_counter() - started if way == "excerpts" else 0.0
         for codec in codecs if mode == "memory" and memories and memories.by_text else codecs[:1]:
             read = memories.encoded(codec) if memories and reads_memories(mode) else None
@@ -188,18 +187,15 @@ def answer_rows(
             )
 
 
-def _documents_for(
-    way: Way, questions: Sequence[Question], model: LoadedModel, embedder: Embedder | None
+def _excerpts(
+    questions: Sequence[Question], model: LoadedModel, embedder: Embedder | None
 ) -> Sequence[Question]:
-    """Return the questions with their documents as a way of answering reads them."""
-    if way == "excerpts":
-        if embedder is None or model.compressor is None:
-            raise ValueError(
-                "Mode 'excerpts' needs an embedder, which finds the sentences, and a model with "
-                "its compressor, which says how long memories are. Give both."
-            )
-        return excerpt(questions, embedder, model.compressor)
-    return nearest_first(questions, embedder) if way == "mixed" and embedder else questions
+    if embedder is None or model.compressor is None:
+        raise ValueError(
+            "Mode 'excerpts' needs an embedder, which finds the sentences, and a model with its "
+            "compressor, which says how long memories are. Give both."
+        )
+    return excerpt(questions, embedder, model.compressor)
 
 
 def fall_back(memory: Row, text: Row, router: Router, questions: Sequence[Question]) -> Row:

@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
+import numpy as np
 import pytest
 
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
 from tests.cli.command import run
+from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
 
 COMMAND = Path(__file__).parent.parent / "softrag_command.py"
@@ -381,6 +383,72 @@ def test_eval_compares_memories_with_excerpts_of_their_length(tmp_path):
     assert "f1" in modes["excerpts"]["against_text"]
 
 
+def test_eval_reads_a_files_documents_nearest_first_unless_told_to_keep_their_order(tmp_path):
+    far, near, nearest = SENTENCES[1], "What is said?", "What is said in Rome?"
+
+    def answers(texts: list[str], *options: str) -> dict[str, str]:
+        """Return what each way of reading answers."""
+        file = tmp_path / "questions.jsonl"
+        asked = {"question": "What is said in Rome?", "answers": ["nothing"], "docs": texts}
+        file.write_text(json.dumps(asked))
+        modes = ("--modes", "text,memory,mixed,excerpts", "--max-new-tokens", 8, "--json")
+        result = run("eval", file, *modes, *options, store=tmp_path / "unused")
+        assert result.exit_code == 0, result.output
+        (answered,) = json.loads(result.stdout)["answers"]
+        return {mode: answered[mode] for mode in ("text", "memory", "mixed", "excerpts")}
+
+    ranked = answers([far, near, nearest])
+
+    assert ranked == answers([near, nearest, far])
+    assert ranked == answers([nearest, near, far], "--as-given")
+    given = answers([far, near, nearest], "--as-given")
+    assert all(ranked[mode] != given[mode] for mode in ("text", "memory", "mixed"))
+
+
+class NotedEmbedder(HashingEmbedder):
+    """Notes how many texts it is given at a time."""
+
+    embedded: ClassVar[list[int]] = []
+
+    def embed_documents(self, texts: list[str]) -> np.ndarray:
+        """Return unit vectors, `(texts, dimension)` float32."""
+        self.embedded.append(len(texts))
+        return super().embed_documents(texts)
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts were embedded at a time; questions are not counted."""
+    monkeypatch.setattr("softrag.embedder.default_embedder", NotedEmbedder)
+    monkeypatch.setattr(NotedEmbedder, "embedded", [])
+    return NotedEmbedder.embedded
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Two questions' own documents, and two that both have.
+        (("--modes", "text"), [4]),
+        (("--modes", "closed"), []),
+        (("--modes", "closed,text", "--as-given"), []),
+        # What a search found is not ranked again; the store has its vectors.
+        (("--modes", "text", "--store", "STORE"), []),
+    ],
+)
+def test_eval_embeds_a_files_documents_once_and_only_to_rank_them(
+    tmp_path, store, embedded, options, expected
+):
+    file = write_questions(tmp_path / "questions.jsonl")
+    models = ("--model", build_checkpoint(), "--model", copy_checkpoint(tmp_path / "second"))
+    options = [store if option == "STORE" else option for option in options]
+
+    short = ("--limit", 2, "--max-new-tokens", 1)
+    result = run("eval", file, *models, *short, *options, store=tmp_path / "unused")
+
+    assert result.exit_code == 0, result.output
+    assert embedded == expected
+
+
 def test_eval_runs_only_the_modes_that_are_named(tmp_path):
     file = write_questions(tmp_path / "questions.jsonl")
 
@@ -527,6 +595,8 @@ def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store):
     ("options", "message"),
     [
         (("--store", "a", "--corpus", "."), "not both"),
+        (("--store", "a", "--as-given"), "--store or --corpus finds come best first"),
+        (("--corpus", ".", "--as-given"), "--as-given is about the file's own documents"),
         (("--make-questions", 3), "needs --store or --corpus"),
         (("--calibrate", "r.json", "--modes", "memory"), "modes text and memory"),
         (("--codecs", "bf17"), "no codec"),

@@ -37,7 +37,7 @@ from softrag.documents import Document
 from softrag.engine import SoftRAG
 from softrag.errors import EndpointError, MemoryMismatchError, StoreError
 from softrag.evaluation import Question, read_questions
-from softrag.question_set import texts_of
+from softrag.question_set import nearest_first, texts_of
 from softrag.router import Router
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
@@ -122,12 +122,12 @@ def test_every_mode_and_codec_is_a_row_with_its_costs(loaded):
     assert exact.results[0].token_logprobs != coarse.results[0].token_logprobs
 
 
-def test_mixed_reads_the_text_that_is_nearest_to_the_question(loaded):
+def test_mixed_reads_the_first_document_as_text_whatever_is_nearest(loaded):
     near = "What is said in 1? Nothing that is of any use."
     questions = [question(1, SENTENCES[1], near, SENTENCES[0])]
 
-    def tokens(embedder) -> float:
-        (row,) = answer_rows(questions, loaded, modes=["mixed"], embedder=embedder)
+    def tokens(questions: list[Question]) -> float:
+        (row,) = answer_rows(questions, loaded, modes=["mixed"], embedder=HashingEmbedder())
         assert row.stored_bytes > sum(map(len, [*SENTENCES[:2], near])) / 3
         return row.prompt_tokens[0]
 
@@ -135,9 +135,47 @@ def test_mixed_reads_the_text_that_is_nearest_to_the_question(loaded):
         memories = loaded.compressor.compress(others)
         return loaded.decoder.prompt_tokens(questions[0].question, [text, *memories])
 
-    assert tokens(HashingEmbedder()) == read(near, SENTENCES[1], SENTENCES[0])
-    assert tokens(None) == read(SENTENCES[1], near, SENTENCES[0])
-    assert len({tokens(None), tokens(HashingEmbedder())}) == 2
+    given, ranked = tokens(questions), tokens(nearest_first(questions, HashingEmbedder()))
+    assert given == read(SENTENCES[1], near, SENTENCES[0])
+    assert ranked == read(near, SENTENCES[1], SENTENCES[0])
+    assert given != ranked
+
+
+def test_documents_that_are_ranked_are_found_as_a_store_finds_them_with_their_gold_flags(tmp_path):
+    near, nearer = "What is said in Paris?", "What is said in 1?"
+    texts = [SENTENCES[1], near, SENTENCES[5], nearer]
+    asked = replace(question(1, *texts), gold=(False, True, False, False))
+    with SoftRAG.from_pretrained(
+        build_checkpoint(), store=tmp_path, embedder=HashingEmbedder(), device="cpu"
+    ) as engine:
+        engine.add(texts)
+
+    (ranked,) = nearest_first([asked], HashingEmbedder())
+
+    with StoredChunks(tmp_path, HashingEmbedder()) as chunks:
+        assert ranked.documents == retrieve_for([asked], chunks, 4)[0].documents
+    assert texts_of(ranked)[:2] == [nearer, near]
+    assert ranked.gold == (False, True, False, False)
+    assert replace(ranked, documents=asked.documents, gold=asked.gold) == asked
+
+
+def test_only_documents_that_have_an_order_are_embedded_and_each_text_once():
+    class Noted(HashingEmbedder):
+        def __init__(self) -> None:
+            self.embedded: list[list[str]] = []
+
+        def embed_documents(self, texts: list[str]) -> np.ndarray:
+            self.embedded.append(texts)
+            return super().embed_documents(texts)
+
+    alone = [question(1, SENTENCES[1]), question(2)]
+    several = [question(3, *SENTENCES[2:4]), question(4, *SENTENCES[3:5])]
+    embedder = Noted()
+
+    assert nearest_first(alone, embedder) == alone
+    assert embedder.embedded == []
+    assert nearest_first(alone + several, embedder)[:2] == alone
+    assert embedder.embedded == [SENTENCES[2:5]]
 
 
 def test_excerpts_are_the_nearest_sentences_no_longer_than_the_memories(loaded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -469,6 +470,72 @@ class TestFineTuningCollator:
         counts = [row.count(token_id(llama, "<MEM>")) for row in rows_of(tensors, "decoder")]
         assert counts.count(0) == pytest.approx(40, abs=12)
         assert counts.count(sum(lengths)) == pytest.approx(60, abs=15)
+
+    def order(self, llama: PreTrainedTokenizerBase, row: QuestionRow, **options: Any) -> list[str]:
+        """Return a question's documents, single letters, in the order they are read in."""
+        collator = finetuning(llama, **options)
+        prompt = collator.document_prompt
+        by_ids = {tuple(prompt.render(text).input_ids): text for text in row.documents}
+
+        tensors = collator([row])
+
+        if "compressor_input_ids" not in tensors:
+            text = llama.decode(rows_of(tensors, "decoder")[0])
+            return text.split("Background:\n")[1].split("\n\n")[0].split("\n")
+        compressed = rows_of(tensors, "compressor")
+        return [by_ids[tuple(compressed[number])] for number in tensors["document_index"]]
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            # Three of four would be 300, and one of five 80: what the seed makes of it.
+            ({"ranked": True}, 302),
+            ({"ranked": True, "text_share": 1.0}, 302),
+            ({"ranked": False}, 96),
+        ],
+    )
+    def test_ranked_documents_have_a_gold_one_first_for_three_questions_of_four(
+        self, llama, options: dict[str, Any], expected: int
+    ) -> None:
+        row = replace(ROW, documents=(*"abcde",), gold=(False, False, True, False, False))
+        orders = [
+            self.order(llama, replace(row, id=f"q{number}"), **options) for number in range(400)
+        ]
+
+        firsts = Counter(order[0] for order in orders)
+
+        assert firsts["c"] == expected
+        assert all(sorted(order) == [*"abcde"] for order in orders)
+        # Any other document may be first, and the others follow in any order.
+        assert set(firsts) == {*"abcde"}
+        assert {tuple(order[1:]) for order in orders if order[0] == "c"} > {
+            tuple("abde"),
+            tuple("edba"),
+        }
+
+    @pytest.mark.parametrize("gold", [(False,) * 3, (True,) * 3])
+    def test_documents_that_nothing_tells_apart_come_in_any_order_although_ranked(
+        self, llama, gold: tuple[bool, ...]
+    ) -> None:
+        row = replace(ROW, documents=(*"abc",), gold=gold)
+
+        orders = Counter(
+            "".join(self.order(llama, replace(row, id=f"q{number}"), ranked=True))
+            for number in range(60)
+        )
+
+        assert set(orders) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+    def test_of_several_gold_documents_each_may_come_first(self, llama) -> None:
+        row = replace(ROW, documents=(*"abcd",), gold=(True, False, True, False))
+
+        firsts = Counter(
+            self.order(llama, replace(row, id=f"q{number}"), ranked=True)[0]
+            for number in range(100)
+        )
+
+        assert firsts["a"] > firsts["b"] > 0
+        assert firsts["c"] > firsts["d"] > 0
 
     def test_a_mixed_question_with_one_document_reads_it_as_text(self, llama) -> None:
         row = replace(ROW, documents=ROW.documents[1:2], gold=(False,))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
@@ -110,6 +112,26 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(
 
     with pytest.raises(ValueError, match=message):
         ablations.read_plan(file)
+
+
+@pytest.mark.parametrize("as_given", [False, True])
+def test_documents_are_scored_in_the_files_order_only_if_asked_for(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_given: bool
+) -> None:
+    commands: list[list[str]] = []
+
+    def note(command: list[str], **_: object) -> CompletedProcess[str]:
+        commands.append(command)
+        return CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", note)
+    on = replace(machine(ablations, tmp_path, dev=["dev.jsonl"]), as_given=as_given)
+
+    on.carry_out(ablations.Planned(name="run", stage="finetune", minutes=1), ["run"], [0])
+
+    train, score = commands
+    assert "--as-given" not in train
+    assert ("--as-given" in score) == as_given
 
 
 def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_repeated(

@@ -15,8 +15,8 @@ from softrag_trainers.collators import Lesson, MemoryCollator
 from softrag_trainers.examples import QuestionRow
 from softrag_trainers.pretraining import PretrainingCollator, TextPiece, TextPieces
 
-# How often a search has a right document first: for 46 to 100 % of the questions of five development
-# sets, of five documents each, with the shipped embedder.
+# How often a search has a right document first: for 46 to 100 % of the questions of five
+# development sets, of five documents each, with the shipped embedder.
 _GOLD_FOUND = 0.75
 
 
