@@ -139,6 +139,7 @@ def evaluate(
         write_report,
     )
     from softrag.embedder import default_embedder
+    from softrag.errors import MissingExtraError
     from softrag.evaluation import read_questions
     from softrag.question_set import nearest_first
     from softrag.router import LOOKAHEAD, Router
@@ -198,7 +199,10 @@ def evaluate(
             questions = retrieve_for(questions, chunks, top_k)
         elif not as_given and wanted != ["closed"]:
             # Documents of a file stand in any order; a store would return the best first.
-            questions = nearest_first(questions, embedder)
+            try:
+                questions = nearest_first(questions, embedder)
+            except MissingExtraError as error:
+                raise MissingExtraError(f"{error} Or keep the file's order: --as-given") from error
         # As the store has them, so that what is measured is what is answered from.
         stored_as = chunks.codec if chunks else "bf16"
     plan = replace(plan, codecs=plan.codecs or [stored_as])

