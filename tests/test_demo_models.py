@@ -27,6 +27,18 @@ def test_a_demo_model_is_small_and_its_files_are_those_of_its_config(name):
     assert (folder / "README.md").is_file()
 
 
+@pytest.mark.parametrize(("rate", "length"), [(None, 4), (16, 4), (4, 16)])
+def test_the_demo_model_compresses_at_two_rates(rate, length):
+    model = SoftRAGModel.from_pretrained(
+        "softrag-demo", load_decoder=False, device="cpu", rate=rate
+    )
+
+    (memory,) = Compressor(model).compress([" ".join(DOCUMENTS)])
+
+    assert memory.n_document_tokens == 61
+    assert len(memory) == length
+
+
 def test_the_query_dependent_demo_model_ranks_the_document_that_answers_first():
     model = SoftRAGModel.from_pretrained("softrag-demo-oscar", load_decoder=False, device="cpu")
     compressor = Compressor(model)
