@@ -24,3 +24,15 @@ class HashingEmbedder:
         for word in re.findall(r"\w+", text.lower()):
             vector[crc32(word.encode()) % self.dimension] += 1
         return vector / np.linalg.norm(vector)
+
+
+class NotingEmbedder(HashingEmbedder):
+    """Notes the texts it is given, call by call; questions are not noted."""
+
+    def __init__(self) -> None:
+        self.embedded: list[list[str]] = []
+
+    def embed_documents(self, texts: list[str]) -> np.ndarray:
+        """Return unit vectors, `(texts, dimension)` float32."""
+        self.embedded.append(texts)
+        return super().embed_documents(texts)

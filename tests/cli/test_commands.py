@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from zlib import crc32
 
-import numpy as np
 import pytest
 
 from softrag.embedder import MiniLMEmbedder
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
 from tests.cli.command import run
-from tests.embedders import HashingEmbedder
+from tests.embedders import NotingEmbedder
 from tests.families import SENTENCES
 
 COMMAND = Path(__file__).parent.parent / "softrag_command.py"
@@ -419,25 +418,6 @@ def test_eval_says_how_to_do_without_an_embedder_that_is_missing(tmp_path, monke
     assert "keep the file's order: --as-given" in " ".join(result.output.split())
 
 
-class NotedEmbedder(HashingEmbedder):
-    """Notes how many texts it is given at a time."""
-
-    embedded: ClassVar[list[int]] = []
-
-    def embed_documents(self, texts: list[str]) -> np.ndarray:
-        """Return unit vectors, `(texts, dimension)` float32."""
-        self.embedded.append(len(texts))
-        return super().embed_documents(texts)
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts were embedded at a time; questions are not counted."""
-    monkeypatch.setattr("softrag.embedder.default_embedder", NotedEmbedder)
-    monkeypatch.setattr(NotedEmbedder, "embedded", [])
-    return NotedEmbedder.embedded
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -450,8 +430,10 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
 )
 def test_eval_embeds_a_files_documents_once_and_only_to_rank_them(
-    tmp_path, store, embedded, options, expected
+    tmp_path, store, monkeypatch, options, expected
 ):
+    embedder = NotingEmbedder()
+    monkeypatch.setattr("softrag.embedder.default_embedder", lambda: embedder)
     file = write_questions(tmp_path / "questions.jsonl")
     models = ("--model", build_checkpoint(), "--model", copy_checkpoint(tmp_path / "second"))
     options = [store if option == "STORE" else option for option in options]
@@ -460,7 +442,7 @@ def test_eval_embeds_a_files_documents_once_and_only_to_rank_them(
     result = run("eval", file, *models, *short, *options, store=tmp_path / "unused")
 
     assert result.exit_code == 0, result.output
-    assert embedded == expected
+    assert [len(texts) for texts in embedder.embedded] == expected
 
 
 def test_eval_runs_only_the_modes_that_are_named(tmp_path):

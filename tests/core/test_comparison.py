@@ -41,7 +41,7 @@ from softrag.question_set import nearest_first, texts_of
 from softrag.router import Router
 from tests.chat_server import serve_chat
 from tests.checkpoints import build_checkpoint, build_model
-from tests.embedders import HashingEmbedder
+from tests.embedders import HashingEmbedder, NotingEmbedder
 from tests.families import SENTENCES
 
 
@@ -160,17 +160,9 @@ def test_documents_that_are_ranked_are_found_as_a_store_finds_them_with_their_go
 
 
 def test_only_documents_that_have_an_order_are_embedded_and_each_text_once():
-    class Noted(HashingEmbedder):
-        def __init__(self) -> None:
-            self.embedded: list[list[str]] = []
-
-        def embed_documents(self, texts: list[str]) -> np.ndarray:
-            self.embedded.append(texts)
-            return super().embed_documents(texts)
-
     alone = [question(1, SENTENCES[1]), question(2)]
     several = [question(3, *SENTENCES[2:4]), question(4, *SENTENCES[3:5])]
-    embedder = Noted()
+    embedder = NotingEmbedder()
 
     assert nearest_first(alone, embedder) == alone
     assert embedder.embedded == []
