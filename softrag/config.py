@@ -32,6 +32,9 @@ RAG_PROMPT = {
     "text": "{document}",
     "document_separator": "\n",
 }
+ASKED_FIRST = "Question: {question}\n\nBackground:\n{documents}\n\nQuestion: {question}"
+"""Another `user` text of `RagPrompt`: a decoder that only looks back reads memories knowing what is
+asked (reading twice: arXiv 2407.05483)."""
 
 
 class SoftRAGConfig(PreTrainedConfig):

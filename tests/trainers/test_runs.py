@@ -21,7 +21,7 @@ from softrag.adapters import is_lora_weight
 from softrag.batch import collate_documents
 from softrag.model import SoftRAGModel
 from softrag.packing import pack
-from softrag.prompt import DocumentPrompt
+from softrag.prompt import DocumentPrompt, RagPrompt
 from softrag_trainers.__main__ import main
 from softrag_trainers.options import Finetune, Pretrain, PretrainingData, read_options
 from softrag_trainers.pretraining import TextPieces
@@ -274,6 +274,23 @@ def test_soft_tokens_are_taught_to_say_their_words_in_both_stages(
         losses[weight] = logged(folder, "loss")
 
     assert losses[1][0] > losses[0][0]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_decoder_can_be_taught_to_read_the_question_before_the_documents_too(
+    tmp_path: Path, questions: str, first: bool
+) -> None:
+    options = [*tiny_arch(), *SHORT_ANSWERS, f"arch.question_first={str(first).lower()}"]
+    assert main(["finetune", *options, f"data.train=[{questions}]", f"out_dir={tmp_path}"]) == 0
+
+    model = SoftRAGModel.from_pretrained(tmp_path)
+    assert model.decoder_tokenizer is not None
+    prompt = RagPrompt.from_config(model.config, model.decoder_tokenizer)
+    text = model.decoder_tokenizer.decode(prompt.render("Who wrote it?", ["By Ada."]).input_ids)
+    asked = "Question: Who wrote it?"
+    before = f"{asked}\n\n" if first else ""
+    assert f"{before}Background:\nBy Ada.\n\n{asked}" in text
+    assert text.count(asked) == 1 + first
 
 
 @pytest.mark.parametrize("source", ["pretrain", "finetune", "replay", "question"])

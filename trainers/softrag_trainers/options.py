@@ -30,6 +30,8 @@ class Architecture:
         decoder_lora_r: Rank of the decoder's adapters; 0: the decoder is frozen.
         compressor_lora_r: Rank of the compressor's adapters; 0: all its weights are trained.
         lora_alpha: Scale of the adapters, as a multiple of their rank.
+        question_first: The decoder reads the question before the documents too, not only behind
+            them.
     """
 
     decoder: str = "smollm2-135m-instruct"
@@ -44,6 +46,7 @@ class Architecture:
     decoder_lora_r: int = 64
     compressor_lora_r: int = 0
     lora_alpha: float = 2.0
+    question_first: bool = False
 
 
 @dataclass
