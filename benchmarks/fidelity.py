@@ -1,6 +1,6 @@
 """What memories hold: how well a decoder says back what its compressor read.
 
-    python benchmarks/fidelity.py CHECKPOINT QUESTIONS.jsonl… --json FILE [--chunks 128]
+    python benchmarks/fidelity.py CHECKPOINT QUESTIONS.jsonl… --json FILE [--chunks 128] [--rate 4]
 
 Cuts the questions' gold documents into chunks of 128 tokens and measures, for each file, the three
 tasks of pre-training that ask for what the text says, without noise: the share of tokens that are
@@ -88,11 +88,15 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=128)
+    parser.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SoftRAGModel.from_pretrained(locate(options.checkpoint), device=device).eval()
+    # A collator draws from several.
+    model.config.rate, model.config.rates = options.rate or model.config.rate, None
     values = {
         "checkpoint": options.checkpoint,
+        "rate": model.config.rate,
         "commit": commit(),
         "device": str(device),
         "versions": {"torch": torch.__version__},
