@@ -31,6 +31,14 @@ BATCH = 32
 Batch = dict[str, torch.Tensor]
 
 
+def load(checkpoint: str, rate: int | None, dtype: torch.dtype | str = "auto") -> SoftRAGModel:
+    """Load a checkpoint to ask at one rate, its own unless told, also where it has several."""
+    model = SoftRAGModel.from_pretrained(locate(checkpoint), dtype=dtype, rate=rate)
+    # A collator would draw from them.
+    model.config.rates = None
+    return model.eval()
+
+
 def gold_texts(file: Path) -> list[TextRow]:
     """Return the distinct gold documents of a file's questions."""
     rows = load_questions([str(file)])
@@ -90,15 +98,12 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=128)
     parser.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SoftRAGModel.from_pretrained(locate(options.checkpoint), device=device).eval()
-    # A collator draws from several.
-    model.config.rate, model.config.rates = options.rate or model.config.rate, None
+    model = load(options.checkpoint, options.rate)
     values = {
         "checkpoint": options.checkpoint,
         "rate": model.config.rate,
         "commit": commit(),
-        "device": str(device),
+        "device": str(model.device),
         "versions": {"torch": torch.__version__},
         "files": {},
     }

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fidelity import Batch, gold_texts, tally
+from fidelity import Batch, gold_texts, load, tally
 
 from softrag.bench.measure import commit
-from softrag.checkpoint import locate
 from softrag.model import SoftRAGModel, SoftRAGOutput
 from softrag_trainers.collators import Lesson
 from softrag_trainers.options import TextLessons
@@ -107,10 +106,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=48)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = locate(options.checkpoint)
-    model = SoftRAGModel.from_pretrained(folder, device=device, dtype=torch.bfloat16)
+    model = load(options.checkpoint, options.rate, torch.bfloat16)
     model.requires_grad_(False)
     reconstructed, asked, from_text = (
         lessons(model, options.file, options.chunks, **kind)
@@ -129,10 +127,11 @@ def main() -> None:
     change = torch.cat(improved) - torch.cat(memories)
     values = {
         "checkpoint": options.checkpoint,
+        "rate": model.config.rate,
         "file": options.file.name,
         "steps": options.steps,
         "commit": commit(),
-        "device": str(device),
+        "device": str(model.device),
         "versions": {"torch": torch.__version__},
         "moved, share of the soft tokens' root mean square": round(
             float(change.pow(2).mean().sqrt() / torch.cat(memories).pow(2).mean().sqrt()), 3

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from softrag.adapters import is_lora_weight, set_dropout
 from softrag.batch import collate_documents, collate_prompts
 from softrag.checkpoint import STORAGES
-from softrag.config import ASKED_FIRST, RAG_PROMPT, SoftRAGConfig
+from softrag.config import ASKED_FIRST, SoftRAGConfig
 from softrag.evaluation import score_answers
 from softrag.model import SoftRAGModel
 from softrag.packing import pack
@@ -271,7 +271,7 @@ def _start(options: Pretrain | Finetune) -> tuple[SoftRAGModel, set[str]]:
         connector_hidden=arch.connector_hidden,
         decoder_lora=lora(arch.decoder_lora_r),
         compressor_lora=lora(arch.compressor_lora_r),
-        rag_prompt=RAG_PROMPT | ({"user": ASKED_FIRST} if arch.question_first else {}),
+        rag_prompt={"user": ASKED_FIRST} if arch.question_first else {},
     )
     model = SoftRAGModel.from_base(config, dtype=torch.float32, frozen_dtype=frozen, seed=run.seed)
     taken: set[str] = set()
