@@ -177,12 +177,15 @@ def installed() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return softrag's commit, or "" where it is not a checkout."""
+    """Return softrag's commit, or "" where it is not a checkout or there is no git."""
     folder = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
