@@ -2,9 +2,10 @@
 
 A linear probe reads how the decoder began to answer from memories: whether its first words stand
 in the texts, which lie beside the memories and need no model to be looked through; how sure it was
-of them; and its state at the prompt's last token, halfway through the layers (where OverflowGuard
-finds that compression lost what was asked for). The score is what text is expected to be better by.
-From the threshold on, text answers.
+of them; whether the question's words stand there, so that the text would answer; and its state at
+the prompt's last token, halfway through the layers (where OverflowGuard finds that compression lost
+what was asked for). The score is what text is expected to be better by. From the threshold on, text
+answers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy as np
 from softrag.decoder import DecodeResult
 from softrag.errors import MemoryMismatchError, UnreadableFileError
 
-FORMAT = 2
+FORMAT = 3
 
-N_WITHOUT_STATE = 7
+N_WITHOUT_STATE = 9
 """Of the `features` so many are there without the state; they come first."""
 
 LOOKAHEAD = 8
@@ -126,7 +127,8 @@ def features(
     The first four are the log-probability of the first token; the mean and the least of the first
     `lookahead` tokens; and the share of `lookahead` that the answer fills. Then three shares of the
     opening's words that stand in the texts: of all, of those that the question does not have, and
-    of names and numbers (`grounding`). The state follows.
+    of names and numbers (`grounding`); and two of the question's words (`matching`). The state
+    follows.
 
     Raises:
         ValueError: The result has no log-probabilities, no opening, or no state and one is wanted.
@@ -143,7 +145,8 @@ def features(
             "DecodeRequest(lookahead=...) and a decoder that gives it, such as TorchDecoder."
         )
     confidence = [seen[0], sum(seen) / len(seen), min(seen), len(seen) / lookahead]
-    looked_at = np.array(confidence + grounding(result.opening, question, texts))
+    words = grounding(result.opening, question, texts) + matching(question, texts)
+    looked_at = np.array(confidence + words)
     if not with_state:
         return looked_at
     if result.prompt_state is None:
@@ -173,7 +176,23 @@ def grounding(opening: str, question: str, texts: Sequence[str]) -> list[float]:
     ]
 
 
+def matching(question: str, texts: Sequence[str]) -> list[float]:
+    """Return how much of a question stands in the texts, best first, that could answer it.
+
+    Returns:
+        Shares between 0 and 1 of its words: in the sentence that has most of them, and in the first
+        text. A question without words has none that is missing.
+    """
+    asked = _words(question)
+    sentences = [sentence for text in texts for sentence in _SENTENCE.findall(text)]
+    return [
+        max((_share(asked, set(_words(each)), 1.0) for each in sentences), default=0.0),
+        _share(asked, set(_words(texts[0] if texts else "")), 1.0),
+    ]
+
+
 _WORD = re.compile(r"\w+")
+_SENTENCE = re.compile(r"[^.!?\n]+")
 
 
 def _words(text: str) -> list[str]:

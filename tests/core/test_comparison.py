@@ -269,7 +269,7 @@ def test_a_fallback_takes_texts_answers_and_pays_for_both():
         fingerprint="f",
         threshold=5.0,
         lookahead=1,
-        weights=[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        weights=[-1.0, *[0.0] * 8],
         bias=0.0,
         with_state=False,
     )

@@ -12,7 +12,7 @@ from softrag.decoder import DecodeRequest, DecodeResult
 from softrag.documents import Document
 from softrag.engine import SoftRAG
 from softrag.errors import MemoryMismatchError, UnreadableFileError
-from softrag.router import Router, features, grounding
+from softrag.router import Router, features, grounding, matching
 from tests.checkpoints import build_checkpoint
 from tests.embedders import HashingEmbedder
 from tests.families import SENTENCES
@@ -51,7 +51,7 @@ def router(engine: SoftRAG, *, threshold: float = 0.5, lookahead: int = 3) -> Ro
         fingerprint=engine.decoder.fingerprint,
         threshold=threshold,
         lookahead=lookahead,
-        weights=[-0.2, -0.1, 0.0, 0.1, 0.0, 0.0, 0.0, *state.tolist()],
+        weights=[-0.2, -0.1, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, *state.tolist()],
         bias=0.0,
         with_state=True,
     )
@@ -179,13 +179,13 @@ def test_a_saved_router_decides_as_before(engine, tmp_path):
         build_checkpoint(), embedder=HashingEmbedder(), device="cpu", fallback=file
     ) as loaded:
         assert loaded.fallback == router(engine)
-    for content in ("", "[]", '{"format": 2}', '{"format": 1}'):
+    for content in ("", "[]", '{"format": 3}', '{"format": 2}'):
         file.write_text(content)
         with pytest.raises(UnreadableFileError, match="is no router"):
             Router.load(file)
 
 
-def test_features_are_confidence_and_grounding_then_the_state():
+def test_features_are_confidence_grounding_and_matching_then_the_state():
     result = DecodeResult(
         text="x",
         prompt_tokens=3,
@@ -199,11 +199,11 @@ def test_features_are_confidence_and_grounding_then_the_state():
     )
 
     def look(result, lookahead, *, with_state):
-        asked = "Which is the longest?", ["The Amazon is long.", "So is the Nile"]
+        asked = "Which is the longest?", ["Amazon is long.", "So is the Nile"]
         return features(result, *asked, lookahead=lookahead, with_state=with_state).tolist()
 
-    assert look(result, 2, with_state=False) == [-1.0, -1.5, -2.0, 1.0, 1.0, 1.0, 1.0]
-    assert look(result, 6, with_state=True) == [-1, -3, -6, 0.5, 1, 1, 1, 7, 8]
+    assert look(result, 2, with_state=False) == [-1.0, -1.5, -2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.25]
+    assert look(result, 6, with_state=True) == [-1, -3, -6, 0.5, 1, 1, 1, 0.5, 0.25, 7, 8]
     with pytest.raises(ValueError, match="no prompt state"):
         look(replace(result, prompt_state=None), 2, with_state=True)
     with pytest.raises(ValueError, match="no token log-probabilities"):
@@ -232,6 +232,23 @@ def test_grounding_is_how_much_of_an_opening_stands_in_the_texts(
     assert found == pytest.approx([all_words, new_words, names])
 
 
+@pytest.mark.parametrize(
+    ("texts", "best_sentence", "first_text"),
+    [
+        (["Who? He began in 1927.", "Who began it, in Rome"], 0.8, 0.6),
+        (["Who began it in QUEENSLAND."], 1.0, 1.0),
+        (["Who began. It, in Queensland"], 0.6, 1.0),
+        ([""], 0.0, 0.0),
+        ([], 0.0, 0.0),
+    ],
+)
+def test_matching_is_how_much_of_a_question_stands_in_a_sentence_and_in_the_first_text(
+    texts, best_sentence, first_text
+):
+    assert matching("Who began it in Queensland?", texts) == [best_sentence, first_text]
+    assert matching("…", ["A text."]) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("lookahead", [1, 3, 40])
 def test_an_opening_is_what_the_first_tokens_spell_alone_and_in_a_longer_answer(engine, lookahead):
     request = DecodeRequest(question=QUESTIONS[0], max_new_tokens=12, lookahead=lookahead)
@@ -246,7 +263,7 @@ def test_an_opening_is_what_the_first_tokens_spell_alone_and_in_a_longer_answer(
 
 def test_a_router_that_looks_at_words_alone_doubts_what_no_text_says(engine, with_router):
     words = replace(
-        router(engine, threshold=-0.5), weights=[0, 0, 0, 0, -1.0, 0, 0], with_state=False
+        router(engine, threshold=-0.5), weights=[0, 0, 0, 0, -1.0, 0, 0, 0, 0], with_state=False
     )
     with_router(words)
 
