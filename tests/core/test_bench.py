@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from softrag.bench.decode import Floors, bench_single, make_requests
-from softrag.bench.measure import Hardware, Recorder, Result
+from softrag.bench.measure import Hardware, Recorder, Result, commit
 from softrag.bench.plot import save_plot
 from softrag.bench.presets import PRESETS, build_model, random_texts
 from softrag.cli.app import app
@@ -142,3 +142,9 @@ def test_a_picture_shows_latency_and_throughput(tmp_path):
 
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(text in drawn for text in ("text", "memory", "answers per second"))
+
+
+def test_where_there_is_no_git_a_record_names_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert commit() == ""
