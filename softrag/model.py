@@ -645,7 +645,8 @@ class SoftRAGModel(PreTrainedModel):
         """Compile transformer layers and losses for any number of tokens (CUDA training)."""
         for part in self._language_models():
             for layer in part.base_model.layers:
-                layer.compile(dynamic=True)
+                # Its forward alone, so that hooks see what comes out.
+                layer.forward = torch.compile(layer.forward, dynamic=True)
         # Uncompiled, the logits are kept three times over in float32.
         self._loss = torch.compile(_summed_loss, dynamic=True)
         self._said_loss = torch.compile(_summed_said_loss, dynamic=True)

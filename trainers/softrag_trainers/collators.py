@@ -10,7 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +161,7 @@ class MemoryCollator(ABC):
                 "teacher_input_ids": teacher.input_ids,
                 "teacher_attention_mask": teacher.attention_mask,
                 "teacher_labels": teacher.labels,
+                **_what_both_read(lessons, taught, learned.labels.shape, teacher.labels.shape),
             }
         number_of: dict[tuple[int, ...], int] = {}
         distinct: list[DocumentRow] = []
@@ -257,6 +258,25 @@ def _words_of_windows(document: DocumentRow) -> list[list[int]]:
     # As `softrag.placeholders.Windows` lays them out.
     borders = [-(-index * len(text) // n_memory) for index in range(n_memory + 1)]
     return [sorted(set(text[start:stop])) for start, stop in pairwise(borders)]
+
+
+def _what_both_read(
+    lessons: Sequence[Lesson],
+    taught: Sequence[PromptRow],
+    shape: torch.Size,
+    teacher_shape: torch.Size,
+) -> dict[str, torch.Tensor]:
+    """Mark what stands behind the documents in the prompts of a decoder and of its teacher."""
+    own, theirs = torch.zeros(shape, dtype=torch.bool), torch.zeros(teacher_shape, dtype=torch.bool)
+    for index, (lesson, teacher) in enumerate(zip(lessons, taught, strict=False)):
+        if not lesson.documents:
+            continue  # Both read the same, and there is nothing to learn.
+        ids, ids_of_teacher = lesson.prompt.input_ids, teacher.input_ids
+        both = zip(reversed(ids), reversed(ids_of_teacher), strict=False)
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        own[index, len(ids) - length : len(ids)] = True
+        theirs[index, len(ids_of_teacher) - length : len(ids_of_teacher)] = True
+    return {"teacher_matched_prompt": own, "teacher_matched": theirs}
 
 
 def _answer(prompt: PromptRow) -> list[int]:

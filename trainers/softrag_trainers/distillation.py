@@ -1,13 +1,16 @@
-"""Learning from a decoder that reads the documents as text, token by token.
+"""Learning from a decoder that reads the documents as text.
 
-A label says which token was right; the teacher says how likely every token was to a reader of the
-whole text. Only answer tokens are compared. It knows no collator and no training loop.
+A label says which token was right. The teacher says how likely every token was to a reader of the
+whole text, and what its layers made of every token behind the documents. It knows no collator and
+no training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +19,9 @@ from softrag.batch import IGNORED
 from softrag.model import SoftRAGModel
 from softrag.packing import send
 from softrag.prompt import encode_text
+
+_MATCHED_EVERY = 3
+"""Layers from one whose states are compared to the next; the last is among them."""
 
 _PROBE = "Who wrote \u201cHamlet\u201d?\n\n1. William Shakespeare, 1599\u20131601"
 
@@ -48,31 +54,47 @@ class TextTeacher:
                 )
         self.model = model.merge_adapters().requires_grad_(False)
         self._excess: Callable[..., torch.Tensor] = excess
+        self._distance: Callable[..., torch.Tensor] = distance
+        assert self.model.decoder is not None
+        depth = len(self.model.decoder.base_model.layers)
+        self.matched_layers = range((depth - 1) % _MATCHED_EVERY, depth, _MATCHED_EVERY)
 
     def compile(self) -> None:
         """Compile what takes the time (CUDA training)."""
         self.model.compile_layers()
         self._excess = torch.compile(excess, dynamic=True)
+        self._distance = torch.compile(distance, dynamic=True)
 
-    def exceed(
+    def compare(
         self,
         logits: torch.Tensor,
+        states: Sequence[torch.Tensor],
         batch: Mapping[str, torch.Tensor],
         label_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return by how much the teacher's loss exceeds the labels', over the taught answers.
-
-        A share of it, added to the labels' loss, gives the teacher that share of the loss.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the same lessons as text, and compare.
 
         Args:
             logits: `(labels, vocabulary)` of the student, at the answer tokens of the batch, those
                 of lessons with a teacher first.
+            states: What `recording` found in the student's `matched_layers`; empty: the teacher's
+                are not compared.
             batch: `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, each `(batch,
-                tokens)`: the same answers behind documents as text.
+                tokens)`: the same answers behind documents as text. With states also
+                `teacher_matched` and `teacher_matched_prompt`, where the tokens stand that both
+                read, in the teacher's and the student's prompts, and the latter's
+                `decoder_attention_mask`.
             label_weights: `(batch, tokens)` what each of these labels weighs; None: 1.
+
+        Returns:
+            By how much the teacher's loss exceeds the labels', over the taught answers: a share of
+            it, added to the labels' loss, gives the teacher that share of the loss. And the mean
+            `distance` of the states, with gradients to the student's; None without states.
         """
         labels = batch["teacher_labels"]
-        with torch.no_grad():
+        assert self.model.decoder is not None
+        layers = self.matched_layers if states else ()
+        with torch.no_grad(), recording(self.model.decoder.base_model, layers) as known:
             output = self.model(
                 decoder_input_ids=batch["teacher_input_ids"],
                 decoder_attention_mask=batch["teacher_attention_mask"],
@@ -81,7 +103,43 @@ class TextTeacher:
         learned = labels != IGNORED
         taught = send(labels[learned], logits.device)
         weights = None if label_weights is None else send(label_weights[learned], logits.device)
-        return self._excess(logits[: len(output.logits)], output.logits, taught, weights)
+        excess = self._excess(logits[: len(output.logits)], output.logits, taught, weights)
+        if not states:
+            return excess, None
+        own = send(
+            _places(batch["teacher_matched_prompt"], batch["decoder_attention_mask"]), logits.device
+        )
+        mask = batch["teacher_attention_mask"]
+        theirs = send(_places(batch["teacher_matched"], mask), logits.device)
+        pairs = zip(states, known, strict=True)
+        each = [self._distance(a[0][own], b[0][theirs]) for a, b in pairs]
+        return excess, torch.stack(each).mean()
+
+
+@contextmanager
+def recording(backbone: Any, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:  # noqa: ANN401
+    """Keep what these layers of a backbone give, `(1, T, hidden)` each, in their order."""
+    states: list[torch.Tensor] = []
+
+    def keep(_layer: nn.Module, _arguments: object, output: Any) -> None:  # noqa: ANN401
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [backbone.layers[index].register_forward_hook(keep) for index in layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distance(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the summed absolute difference of `(n, hidden)` states, over the size of the wanted.
+
+    >>> distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]]))
+    tensor(0.2500)
+    """
+    wanted = wanted.float()
+    return (states.float() - wanted).abs().sum() / wanted.abs().sum().clamp_min(1e-6)
 
 
 def excess(
@@ -108,6 +166,11 @@ def excess(
     )
     each = divergence.sum(-1) + own.gather(1, labels[:, None])[:, 0]
     return (each if weights is None else each * weights).sum()
+
+
+def _places(marked: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return where marked tokens stand in the packed row of a padded batch."""
+    return marked[mask.bool()].nonzero().squeeze(1)
 
 
 def _tokens(model: SoftRAGModel) -> tuple[int, list[int]]:

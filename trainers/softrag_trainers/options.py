@@ -99,6 +99,9 @@ class Optimizer:
             the document, all of them as likely, where windows have 6 tokens or more on average.
         distil_weight: Share of the answers' loss that compares with the teacher, where there is
             one; the labels have the rest.
+        match_weight: What it weighs, where there is a teacher, that the decoder's states behind the
+            documents are the teacher's, a taught one of `loss_per` being 1 (deep context
+            distillation: arXiv 2503.08727).
     """
 
     compressor_lr: float = 2e-4
@@ -118,6 +121,7 @@ class Optimizer:
     rerank_weight: float = 0.05
     saying_weight: float = 0.0
     distil_weight: float = 0.5
+    match_weight: float = 0.0
 
 
 @dataclass

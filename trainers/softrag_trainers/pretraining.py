@@ -87,6 +87,7 @@ class PretrainingCollator(MemoryCollator):
         among: int = 5,
         noise: float = 0.0,
         saying: bool = False,
+        teacher: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -101,6 +102,7 @@ class PretrainingCollator(MemoryCollator):
         self.quotation = quotation
         self.cloze = cloze
         self.among = among
+        self.teacher = teacher
         self._same_tokens = compressor_tokenizer.get_vocab() == decoder_tokenizer.get_vocab()
         self._auto_encoding_id = token_id(decoder_tokenizer, AUTO_ENCODING_TOKEN)
         self._around: list[list[int]] = []
@@ -156,7 +158,12 @@ class PretrainingCollator(MemoryCollator):
         lengths = [document.n_memory for document in documents]
         prompt = self.rag_prompt.render(question, lengths, answer)
         holds = [each is chunk for each in around if self.config.query_dependent]
-        return Lesson(documents, prompt, relevance=[float(each) for each in holds], holds=holds)
+        relevance = [float(each) for each in holds]
+        teacher = None
+        if self.teacher:
+            texts = [str(self.document_prompt.tokenizer.decode(each)) for each in around]
+            teacher = self.rag_prompt.render(question, texts, answer)
+        return Lesson(documents, prompt, relevance, teacher, holds=holds)
 
     def _lay_out(
         self, chunks: Sequence[list[int]], cue: list[int], learned: list[int], *, reconstruct: bool

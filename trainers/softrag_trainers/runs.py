@@ -103,7 +103,7 @@ def finetune(options: Finetune) -> SoftRAGModel:
         (text, row.question) for row in rows for text in row.documents
     )
     if replayed.train and replayed.share:
-        texts = _collator_of_texts(model, replayed, run.seed)
+        texts = _collator_of_texts(model, replayed, run.seed, teacher=teacher is not None)
         text_rows = load_texts(replayed.train, replayed.samples)
         pieces = TextPieces(text_rows, texts.document_prompt, replayed, run.seed)
         train_rows = Replay(rows, pieces, share=replayed.share, seed=run.seed)
@@ -363,7 +363,12 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> set[str]:
 
 
 def _collator_of_texts(
-    model: SoftRAGModel, data: TextLessons, seed: int, *, saying: bool = False
+    model: SoftRAGModel,
+    data: TextLessons,
+    seed: int,
+    *,
+    saying: bool = False,
+    teacher: bool = False,
 ) -> PretrainingCollator:
     assert model.compressor_tokenizer is not None
     assert model.decoder_tokenizer is not None
@@ -376,6 +381,7 @@ def _collator_of_texts(
         cloze=data.cloze,
         noise=data.noise,
         saying=saying,
+        teacher=teacher,
         seed=seed,
     )
 

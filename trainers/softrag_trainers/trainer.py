@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from softrag.model import SoftRAGModel
 from softrag.packing import send
 from softrag_trainers.collators import MemoryCollator
 from softrag_trainers.curriculum import Curriculum
-from softrag_trainers.distillation import TextTeacher
+from softrag_trainers.distillation import TextTeacher, recording
 from softrag_trainers.options import Optimizer, Run
 from softrag_trainers.processes import total
 from softrag_trainers.reranking import rerank_loss
@@ -251,13 +251,18 @@ class SoftRAGTrainer(Trainer):
         }
         labels = inputs["labels"]
         items = self._count(labels) if num_items_in_batch is None else num_items_in_batch
-        outputs = model(**read, label_weights=self._weights(labels), num_items_in_batch=items)
+        teacher = self.teacher if "teacher_labels" in inputs else None
+        with self._recorded(teacher) as states:
+            outputs = model(**read, label_weights=self._weights(labels), num_items_in_batch=items)
         loss = outputs.loss
-        if self.teacher is not None and "teacher_labels" in inputs:
-            excess = self.teacher.exceed(
-                outputs.logits, inputs, self._weights(inputs["teacher_labels"])
+        if teacher is not None:
+            excess, distance = teacher.compare(
+                outputs.logits, states, inputs, self._weights(inputs["teacher_labels"])
             )
             loss = loss + self.options.distil_weight * excess / items
+            if distance is not None:
+                taught = self._count(inputs["teacher_labels"])
+                loss = loss + self.options.match_weight * taught / items * distance
         if outputs.scores is not None and "relevance" in inputs:
             relevance = send(inputs["relevance"], outputs.scores.device)
             reranking = rerank_loss(outputs.scores, relevance)
@@ -274,6 +279,12 @@ class SoftRAGTrainer(Trainer):
                 loss = loss + 0.0 * torch.stack([each.sum() for each in trained]).sum()
             self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
+
+    def _recorded(self, teacher: TextTeacher | None) -> AbstractContextManager[list[torch.Tensor]]:
+        decoder = self.bare_model.decoder
+        if teacher is None or decoder is None or not self.options.match_weight:
+            return nullcontext([])
+        return recording(decoder.base_model, teacher.matched_layers)
 
     def _count(self, labels: torch.Tensor) -> int:
         """Return how many of what `loss_per` names are learned."""
