@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DEMO_MODELS = {"softrag-demo": "checkpoint", "softrag-demo-oscar": "checkpoint_oscar"}
 """The small models that come with the package, and their folders: the second is query-dependent."""
 
-STORAGES = ("full", "int8")
+STORAGES = ("full", "int8", "int4")
 _CONFIG = "config.json"
 _SHARED_TOKENIZER = "tokenizer"
 _HF_FIELDS = {"architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
@@ -167,18 +167,18 @@ def save(model: SoftRAGModel, folder: Path, *, storage: str, max_shard_size: int
     """Write a checkpoint; see `SoftRAGModel.save_pretrained`."""
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; expected one of {STORAGES}.")
-    if storage == "int8" and model.config.compressor_vocabulary is not None:
+    if storage != "full" and model.config.compressor_vocabulary is not None:
         raise ValueError(
-            "storage 'int8' stores differences to base weights, and this compressor has embeddings "
-            "of its own (compressor_vocabulary); use storage 'full'."
+            f"storage {storage!r} stores differences to base weights, and this compressor has "
+            "embeddings of its own (compressor_vocabulary); use storage 'full'."
         )
     if model.decoder is None or model.compressor is None:
         raise ValueError("Only a model with both compressor and decoder can be saved.")
     trained = {n: t.detach().cpu().contiguous() for n, t in model.trained_state().items()}
     stored = trained
-    if storage == "int8":
+    if storage != "full":
         base = _base_weights(model, trained)
-        stored = shrink(trained, base)
+        stored = shrink(trained, base, bits=4 if storage == "int4" else 8)
         # What a reader will have: the fingerprint is of the rounded weights.
         trained = restore(stored, base)
     values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
@@ -269,7 +269,7 @@ def load_weights(model: SoftRAGModel, source: Source) -> None:
     try:
         base = {name: parameters[name].detach() for name in names}
         trained = restore({name: tensor.values for name, tensor in stored.items()}, base)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError) as error:
         raise CheckpointError(
             f"A stored difference in {source.folder} is incomplete: {error}"
         ) from error

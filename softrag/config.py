@@ -92,8 +92,8 @@ class SoftRAGConfig(PreTrainedConfig):
             tokens are then written in the texts.
         document_prompt: Texts of `DocumentPrompt`.
         rag_prompt: Texts of `RagPrompt`; what is left out is as in `RAG_PROMPT`.
-        storage: How trained base weights are stored: `"full"`, or `"int8"`: the difference to the
-            base weights, quantised to 8 bits with one scale per row.
+        storage: How trained weights are stored: `"full"`, or adapters and the differences to base
+            weights quantised, `"int8"` with one scale per row, `"int4"` with one per 64 values.
         fingerprint: Of everything that decides a memory's values; written when saved.
         checksums: Of the files with the weights, by name; written when saved.
     """

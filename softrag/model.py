@@ -142,8 +142,10 @@ class SoftRAGModel(PreTrainedModel):
         if self.decoder is not None:
             read_without_padding(self.decoder)
             self.auto_encoding_embedding = nn.Parameter(torch.zeros(decoder_width))
-        freeze_and_adapt(config, self.decoder, self.compressor)
         self.post_init()
+        # Behind it: it would start the adapters anew, as the base models do their own layers, and
+        # those that are to add nothing at first would add noise.
+        freeze_and_adapt(config, self.decoder, self.compressor)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights alone: the base models and peft initialise their own."""
@@ -257,8 +259,9 @@ class SoftRAGModel(PreTrainedModel):
 
         Args:
             save_directory: Created when missing.
-            storage: `"full"` keeps trained weights as they are; `"int8"` stores adapters and
-                connector in bfloat16 and trained base weights as 8-bit differences to the base.
+            storage: `"full"` keeps trained weights as they are; `"int8"` and `"int4"` round
+                adapters, and the differences of trained base weights to the base, to so many bits,
+                and all else to bfloat16.
             max_shard_size: Bytes of one safetensors file, before its header.
             push_to_hub: Upload the folder afterwards.
             repo_id: Hub name for the upload.

@@ -1,4 +1,4 @@
-"""Trained weights on disk: safetensors files with checksums, whole or in 8 bits.
+"""Trained weights on disk: safetensors files with checksums, whole or in 8 or 4 bits.
 
 It knows the parts of a model by the names of their parameters alone.
 """
@@ -28,10 +28,13 @@ DECODER_WEIGHTS = ("auto_encoding_embedding",)
 FIXED_WEIGHTS = ("connector.mean", "connector.std", "connector.gain")
 """Names of the parameters among them that are measured and never trained."""
 
-# What a matrix is stored as in 8 bits: its difference to a base weight, or itself.
+# What a matrix is stored as in few bits: its difference to a base weight, or itself.
 _DIFFERENCE, _DIFFERENCE_SCALE = ".difference", ".difference_scale"
 _ROUNDED, _ROUNDED_SCALE = ".rounded", ".rounded_scale"
 _SUFFIXES = (_DIFFERENCE_SCALE, _ROUNDED_SCALE, _DIFFERENCE, _ROUNDED)
+
+_GROUP = 64
+"""Values of a row that share a scale in 4 bits: one scale for all would drown the small ones."""
 
 
 class StoredTensor(NamedTuple):
@@ -92,28 +95,51 @@ def is_trained_base_weight(name: str) -> bool:
 
 
 def shrink(
-    trained: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
+    trained: dict[str, torch.Tensor], base: dict[str, torch.Tensor], *, bits: int = 8
 ) -> dict[str, torch.Tensor]:
-    """Round trained base matrices (their differences) and adapters to 8 bits, others to bf16."""
+    """Round trained base matrices (their differences) and adapters to few bits, others to bf16.
+
+    In 4 bits, rows that are no multiple of 64 long are rounded to 8.
+    """
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in trained.items():
         if is_trained_base_weight(name) and tensor.ndim == 2:
-            rounded, scale = _round_rows(tensor.float() - base[name])
+            rounded, scale = _round_rows(tensor.float() - base[name], bits)
             stored |= {name + _DIFFERENCE: rounded, name + _DIFFERENCE_SCALE: scale}
         elif is_lora_weight(name):
-            rounded, scale = _round_rows(tensor.float())
+            rounded, scale = _round_rows(tensor.float(), bits)
             stored |= {name + _ROUNDED: rounded, name + _ROUNDED_SCALE: scale}
         else:
             stored[name] = tensor.to(torch.bfloat16)
     return stored
 
 
-def _round_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = matrix.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+def _round_rows(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rounded values, and their scales: one a row in 8 bits, one a group in 4.
+
+    8 bits are int8 of the matrix' shape; 4 bits are two values in a uint8, the first one low.
+    """
+    packs = bits == 4 and matrix.shape[1] % _GROUP == 0
+    largest = 7 if packs else 127
+    groups = matrix.unflatten(1, (-1, _GROUP if packs else matrix.shape[1]))
     # Coarse, so that what was rounded before is rounded to itself: a compressor that is saved again
     # with another decoder keeps its fingerprint, and stores their memories.
-    scale = scale.to(torch.bfloat16)
-    return (matrix / scale.float()).round().to(torch.int8), scale
+    scale = (groups.abs().amax(dim=2).clamp_min(1e-12) / largest).to(torch.bfloat16)
+    rounded = (groups / scale.float()[..., None]).round().flatten(1).to(torch.int8)
+    if not packs:
+        return rounded, scale
+    low, high = (rounded + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4, scale
+
+
+def _restore_rows(rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Undo `_round_rows`, up to its rounding."""
+    if rounded.dtype == torch.uint8:
+        pairs = torch.stack((rounded & 15, rounded >> 4), dim=2)
+        rounded = pairs.flatten(1).to(torch.int8) - 8
+    return (rounded.float().unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(
+        1
+    )
 
 
 def restore(
@@ -124,10 +150,10 @@ def restore(
     for key, tensor in stored.items():
         name = plain_name(key)
         if key.endswith(_DIFFERENCE):
-            difference = tensor.float() * stored[name + _DIFFERENCE_SCALE].float()
+            difference = _restore_rows(tensor, stored[name + _DIFFERENCE_SCALE])
             trained[name] = base[name].float() + difference
         elif key.endswith(_ROUNDED):
-            trained[name] = tensor.float() * stored[name + _ROUNDED_SCALE].float()
+            trained[name] = _restore_rows(tensor, stored[name + _ROUNDED_SCALE])
         elif key == name:
             trained[name] = tensor
     return trained

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from softrag.batch import collate_documents, collate_prompts
 from softrag.config import SoftRAGConfig
@@ -65,6 +66,23 @@ VARIANTS = {
     "reranking": {"query_dependent": True, "rerank": True},
     "reranking_papers_readout": {"query_dependent": True, "rerank": True, "readout": "memory"},
 }
+
+
+@pytest.mark.parametrize("variant", ["separate", "shared"])
+def test_new_adapters_add_nothing_to_the_base_model(tiny_llama: Path, variant: str) -> None:
+    changes = VARIANTS[variant]
+    model = build(tiny_llama, **changes)
+    bare = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    with torch.no_grad():
+        assert torch.equal(model.decoder(ids).logits, bare(ids).logits)
+        if "compressor_lora" in changes:
+            states = bare.model(ids).last_hidden_state
+            assert torch.equal(model.compressor(ids).last_hidden_state, states)
+    adapters = [tensor for name, tensor in model.trained_state().items() if ".lora_A." in name]
+    assert adapters
+    assert all(tensor.any() for tensor in adapters)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -556,13 +574,45 @@ def test_eight_bit_storage_loads_what_its_fingerprint_says(
             assert ((rounded - adapter).abs() <= step * (1 + 2**-8) / 2 + 1e-6).all()
 
 
-def test_eight_bits_that_are_stored_again_are_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+def test_four_bits_hold_two_values_a_byte_and_a_scale_for_each_64_of_a_row(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     model = build(tiny_llama, **VARIANTS["separate"])
     shake(model)
-    model.save_pretrained(tmp_path / "first", storage="int8")
+    exact = model.compress(*documents(model))
+
+    model.save_pretrained(tmp_path, storage="int4")
+    loaded = SoftRAGModel.from_pretrained(tmp_path, dtype=torch.float32)
+
+    stored = load_file(tmp_path / "model.safetensors")
+    down, up = (f"compressor.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
+    rows, columns = loaded.trained_state()[down].shape
+    assert columns == 64
+    assert stored[f"{down}.difference"].dtype == torch.uint8
+    assert stored[f"{down}.difference"].shape == (rows, columns // 2)
+    assert stored[f"{down}.difference_scale"].shape == (rows, 1)
+    # Rows of 32 values are no group.
+    assert stored[f"{up}.difference"].dtype == torch.int8
+    base = SoftRAGModel.from_base(model.config, dtype=torch.float32).trained_state()[down]
+    wanted = model.trained_state()[down] - base
+    step = wanted.abs().amax(dim=1, keepdim=True) / 7
+    error = loaded.trained_state()[down] - base - wanted
+    assert (error.abs() <= step * (1 + 2**-8) / 2 + 1e-6).all()
+    assert error.abs().max() > step.max() / 4
+    assert loaded.fingerprint == json.loads((tmp_path / "config.json").read_text())["fingerprint"]
+    assert ((loaded.compress(*documents(loaded)) - exact).norm() / exact.norm()).item() < 0.2
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_few_bits_that_are_stored_again_are_the_same(
+    tiny_llama: Path, tmp_path: Path, storage: str
+) -> None:
+    model = build(tiny_llama, **VARIANTS["separate"])
+    shake(model)
+    model.save_pretrained(tmp_path / "first", storage=storage)
     loaded = SoftRAGModel.from_pretrained(tmp_path / "first", dtype=torch.float32)
 
-    loaded.save_pretrained(tmp_path / "again", storage="int8")
+    loaded.save_pretrained(tmp_path / "again", storage=storage)
 
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
     assert first.keys() == again.keys()

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from softrag.model import SoftRAGModel
-from softrag_trainers.distillation import TextTeacher
+from softrag_trainers.distillation import TextTeacher, recording
 from softrag_trainers.examples import QuestionRow
 from softrag_trainers.finetuning import FineTuningCollator, Rows
 from softrag_trainers.options import Optimizer, Run
 from softrag_trainers.trainer import SoftRAGTrainer
 from tests.checkpoints import build_model
+from tests.families import build_family
 from tests.trainers.tiny import question_rows
 
 
@@ -127,3 +128,83 @@ def test_lessons_weigh_the_same_for_the_teacher_too(teacher_folder: Path, tmp_pa
     alone = [loss_of(trainer, rows=[row]) for row in rows]
 
     assert loss_of(trainer, rows=rows) == pytest.approx(fmean(alone), rel=1e-5)
+
+
+def states_of(model: SoftRAGModel, ids: torch.Tensor, soft_tokens: torch.Tensor) -> torch.Tensor:
+    """Return what the decoder's last layer makes of one prompt, before the norm behind it."""
+    mask = torch.ones_like(ids)[None]
+    backbone = model.decoder.base_model
+    with torch.no_grad(), recording(backbone, [len(backbone.layers) - 1]) as states:
+        model(ids[None], mask, soft_tokens=soft_tokens)
+    return states[0][0]
+
+
+def test_the_states_behind_the_documents_become_the_teachers(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
+    student, teacher = build_model(seed=8), SoftRAGModel.from_pretrained(teacher_folder)
+    options = {"text_share": 0.3, "distil_weight": 0.0, "loss_per": "lesson"}
+    labels_alone = trainer_for(student, teacher_folder, tmp_path, **options)
+    with_states = trainer_for(student, teacher_folder, tmp_path, match_weight=3.0, **options)
+    batch = labels_alone.collator(question_rows())
+    with torch.no_grad():
+        soft_tokens = student.line_up_soft_tokens(
+            batch["compressor_input_ids"],
+            batch["compressor_attention_mask"],
+            batch["document_index"],
+        )
+    own, wanted = [], []
+    for row in range(len(question_rows())):
+        prompt, text = (
+            batch[f"{kind}_input_ids"][row][batch[f"{kind}_attention_mask"][row].bool()]
+            for kind in ("decoder", "teacher")
+        )
+        at_memory = (prompt == student.decoder_memory_ids[0]).nonzero()
+        if not len(at_memory):
+            continue  # Read as text by both.
+        read, soft_tokens = soft_tokens[: len(at_memory)], soft_tokens[len(at_memory) :]
+        behind = len(prompt) - 1 - int(at_memory[-1])
+        own.append(states_of(student, prompt, read)[-behind:])
+        wanted.append(states_of(teacher, text, read[:0])[-behind:])
+    assert 0 < len(own) < len(question_rows())
+
+    with torch.no_grad():
+        losses = [
+            trainer.compute_loss(student, dict(batch)) for trainer in (labels_alone, with_states)
+        ]
+
+    mine, theirs = torch.cat(own), torch.cat(wanted)
+    distance = (mine - theirs).abs().sum() / theirs.abs().sum()
+    assert (losses[1] - losses[0]).item() == pytest.approx(3 * distance.item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on a CPU
+def test_compiled_layers_still_tell_their_states() -> None:
+    model = build_model(seed=8)
+    ids = torch.tensor([5, 6, 7])
+    nothing = torch.zeros(0, model.decoder.config.hidden_size)
+    before = states_of(model, ids, nothing)
+
+    model.compile_layers()
+
+    assert torch.allclose(states_of(model, ids, nothing), before, atol=1e-5)
+
+
+def test_states_without_a_teacher_or_of_another_shape_are_refused(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
+    wider = build_model(build_family("Llama", hidden_size=64))
+
+    with pytest.raises(ValueError, match=r"has 2 layers of width 32, .* teach 2 of width 64"):
+        trainer_for(wider, teacher_folder, tmp_path, match_weight=1.0)
+    with pytest.raises(
+        ValueError, match=r"match_weight is 1.0, but nobody teaches. Name a teacher"
+    ):
+        SoftRAGTrainer(
+            wider,
+            options=Optimizer(match_weight=1.0),
+            run=Run(bf16=False),
+            out_dir=tmp_path,
+            collator=collator_for(wider),
+            train_rows=Rows(question_rows()),
+        )

@@ -127,6 +127,34 @@ def test_query_dependent_models_read_texts_alone_and_clozes_with_their_question(
     assert scored.scores.shape == tensors["relevance"].shape
 
 
+def test_a_teacher_reads_the_chunks_of_clozes_as_text_and_no_other_lesson_of_texts() -> None:
+    model = build_model()
+    tokenizer = model.decoder_tokenizer
+    tokenizers = model.compressor_tokenizer, tokenizer
+    pieces = pieces_for(model)
+    rows = [pieces[index] for index in range(len(pieces))]
+    collator = PretrainingCollator(
+        model.config, *tokenizers, continuation=0.0, cloze=0.5, teacher=True
+    )
+
+    lessons = collator.lessons(rows)
+
+    asked = [lesson for lesson in lessons if lesson.teacher is not None]
+    assert 0 < len(asked) < len(lessons)
+    for lesson in asked:
+        text = tokenizer.decode(lesson.teacher.input_ids)
+        assert "____" in text
+        assert "<MEM>" not in text
+        for document in lesson.documents:
+            chunk = tokenizer.decode(document.input_ids, skip_special_tokens=True)
+            assert chunk in text
+        assert all(
+            "____" not in tokenizer.decode(other.prompt.input_ids)
+            for other in lessons
+            if other.teacher is None
+        )
+
+
 def test_a_teacher_shares_the_loss_of_questions_and_not_of_texts(tmp_path: Path) -> None:
     build_model(seed=7).save_pretrained(tmp_path / "teacher")
     student = build_model(seed=8)

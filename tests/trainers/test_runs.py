@@ -392,6 +392,35 @@ def test_a_shared_compressor_can_start_as_the_reader_that_the_decoder_has_become
         assert torch.equal(state[source], theirs[source]), source
 
 
+def test_adapters_of_a_lower_rank_are_taken_and_the_further_ranks_add_nothing_yet(
+    tmp_path: Path, questions: str
+) -> None:
+    trained = build_model(seed=3, compressor_layers=1, decoder_lora={"r": 4, "alpha": 8})
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if is_lora_weight(name):
+                parameter.normal_()
+    trained.save_pretrained(tmp_path / "trained")
+    still = [f"optimizer.{part}_lr=0" for part in ("compressor", "connector", "decoder")]
+    common = ["finetune", f"data.train=[{questions}]", *SHORT_ANSWERS, *still, *tiny_arch()]
+    start = ["run.storage=full", "arch.connector=relu", "arch.decoder_lora_r=6"]
+
+    assert main([*common, *start, f"warm_start.checkpoint={tmp_path / 'trained'}",
+                 f"out_dir={tmp_path / 'wide'}"]) == 0  # fmt: skip
+
+    wide = SoftRAGModel.from_pretrained(tmp_path / "wide", dtype=torch.float32)
+    assert wide.config.decoder_lora["r"] == 6
+    ids = torch.tensor([[5, 6, 7]])
+    nothing = torch.zeros(0, wide.decoder.config.hidden_size)
+    with torch.no_grad():
+        logits = [
+            model.eval()(ids, torch.ones_like(ids), soft_tokens=nothing).logits
+            for model in (wide, trained)
+        ]
+    assert torch.allclose(*logits, atol=1e-5)
+    assert wide.fingerprint == SoftRAGModel.from_pretrained(tmp_path / "trained").fingerprint
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_dropout_is_set_for_a_checkpoint_and_rests_while_evaluating(
     tmp_path: Path, texts: str, questions: str, stage: str

@@ -55,9 +55,23 @@ class TextTeacher:
         self.model = model.merge_adapters().requires_grad_(False)
         self._excess: Callable[..., torch.Tensor] = excess
         self._distance: Callable[..., torch.Tensor] = distance
-        assert self.model.decoder is not None
-        depth = len(self.model.decoder.base_model.layers)
+        depth, _ = _shape(self.model)
         self.matched_layers = range((depth - 1) % _MATCHED_EVERY, depth, _MATCHED_EVERY)
+
+    def check_states(self, student: SoftRAGModel) -> None:
+        """Refuse to compare states with a student whose decoder is of another shape.
+
+        Raises:
+            ValueError: It has more or fewer layers, or is wider or narrower.
+        """
+        own, other = (_shape(model) for model in (self.model, student))
+        if own != other:
+            raise ValueError(
+                f"optimizer.match_weight compares states layer by layer: the teacher has {own[0]} "
+                f"layers of width {own[1]}, the decoder it is to teach {other[0]} of width "
+                f"{other[1]}. Fine-tune a teacher from the same decoder, or set "
+                "optimizer.match_weight=0 and learn from its answers alone."
+            )
 
     def compile(self) -> None:
         """Compile what takes the time (CUDA training)."""
@@ -106,19 +120,18 @@ class TextTeacher:
         excess = self._excess(logits[: len(output.logits)], output.logits, taught, weights)
         if not states:
             return excess, None
-        own = send(
-            _places(batch["teacher_matched_prompt"], batch["decoder_attention_mask"]), logits.device
-        )
-        mask = batch["teacher_attention_mask"]
-        theirs = send(_places(batch["teacher_matched"], mask), logits.device)
-        pairs = zip(states, known, strict=True)
-        each = [self._distance(a[0][own], b[0][theirs]) for a, b in pairs]
+        own = _read(states, batch["teacher_matched_prompt"], batch["decoder_attention_mask"])
+        theirs = _read(known, batch["teacher_matched"], batch["teacher_attention_mask"])
+        each = [self._distance(mine, wanted) for mine, wanted in zip(own, theirs, strict=True)]
         return excess, torch.stack(each).mean()
 
 
 @contextmanager
 def recording(backbone: Any, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:  # noqa: ANN401
-    """Keep what these layers of a backbone give, `(1, T, hidden)` each, in their order."""
+    """Keep what these layers of a backbone give, in their order.
+
+    `(1, T, hidden)` each of packed rows, `(batch, tokens, hidden)` of padded ones.
+    """
     states: list[torch.Tensor] = []
 
     def keep(_layer: nn.Module, _arguments: object, output: Any) -> None:  # noqa: ANN401
@@ -168,9 +181,19 @@ def excess(
     return (each if weights is None else each * weights).sum()
 
 
-def _places(marked: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return where marked tokens stand in the packed row of a padded batch."""
-    return marked[mask.bool()].nonzero().squeeze(1)
+def _read(
+    states: Sequence[torch.Tensor], marked: torch.Tensor, mask: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return each layer's states of the marked tokens of a batch that is padded on the right."""
+    if states[0].shape[:2] != mask.shape:
+        marked = marked[mask.bool()]  # They were packed.
+    index = send(marked.flatten().nonzero().squeeze(1), states[0].device)
+    return [each.flatten(0, 1).index_select(0, index) for each in states]
+
+
+def _shape(model: SoftRAGModel) -> tuple[int, int]:
+    assert model.decoder is not None
+    return len(model.decoder.base_model.layers), model.decoder.config.hidden_size
 
 
 def _tokens(model: SoftRAGModel) -> tuple[int, list[int]]:

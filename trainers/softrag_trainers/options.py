@@ -56,7 +56,8 @@ class WarmStart:
     A decoder that reads memories teaches another compressor much faster than one that doesn't.
 
     Attributes:
-        checkpoint: Its tensors are taken where name and shape agree; null: none are.
+        checkpoint: Its tensors are taken where name and shape agree, and its adapters where what is
+            built has the same or a higher rank; null: none are.
         parts: Beginnings of the names of what is taken, such as "decoder"; empty: everything.
         reader: The adapters of a compressor that shares the decoder's backbone start as the
             decoder's: it can read, and answer, before it learns to compress.
@@ -143,7 +144,7 @@ class Run:
         save_every: Steps between resumable checkpoints; 0: none but the final model.
         resume: Continue from the last checkpoint in out_dir.
         report_to: "none" or "tensorboard".
-        storage: How the final model is stored: "full" or "int8".
+        storage: How the final model is stored: "full", "int8" or "int4".
     """
 
     seed: int = 0

@@ -339,16 +339,16 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> set[str]:
     if start.reader:
         taken_from |= {name: name.replace("compressor.", readers, 1) for name in adapters}
     fitting = {
-        name: theirs[source]
+        name: fitted
         for name, source in taken_from.items()
-        if source in theirs and theirs[source].shape == ours[name].shape
+        if source in theirs and (fitted := _fitted(name, ours[name], theirs[source])) is not None
     }
     if start.reader and not (adapters and fitting.keys() >= set(adapters)):
         raise ValueError(
             f"warm_start.reader: the adapters of the decoder of {start.checkpoint} do not fit the "
             "compressor. Set arch.compressor=shared, arch.compressor_layers=null and "
             "arch.compressor_lora_r to the rank of its decoder_lora "
-            f"({(known.config.decoder_lora or {}).get('r')})."
+            f"({(known.config.decoder_lora or {}).get('r')}) or a higher one."
         )
     if not fitting:
         raise ValueError(
@@ -360,6 +360,22 @@ def _take_weights(model: SoftRAGModel, start: WarmStart) -> set[str]:
         ours[name].copy_(tensor)
     logger.info("%d of %d tensors from %s", len(fitting), len(ours), start.checkpoint)
     return set(fitting)
+
+
+def _fitted(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
+    """Return what a tensor becomes if another is taken in its place; None: that does not fit.
+
+    Adapters of a lower rank fit: the further ranks stay as they start, which adds nothing yet.
+    """
+    if theirs.shape == ours.shape:
+        return theirs
+    ranks = 0 if ".lora_A." in name else 1
+    narrower = theirs.shape[ranks] < ours.shape[ranks] if theirs.ndim == ours.ndim == 2 else False
+    if not (is_lora_weight(name) and narrower and theirs.shape[1 - ranks] == ours.shape[1 - ranks]):
+        return None
+    wide = ours.clone()
+    wide.narrow(ranks, 0, theirs.shape[ranks]).copy_(theirs)
+    return wide
 
 
 def _collator_of_texts(

@@ -102,6 +102,13 @@ class SoftRAGTrainer(Trainer):
                 f"optimizer.saying_weight is {options.saying_weight}, but the collator does not "
                 "tell soft tokens what to say. Make it with saying=True, or set the weight to 0."
             )
+        if options.match_weight and teacher is None:
+            raise ValueError(
+                f"optimizer.match_weight is {options.match_weight}, but nobody teaches. Name a "
+                "teacher, a checkpoint that reads text (teacher=FOLDER), or set the weight to 0."
+            )
+        if options.match_weight and teacher is not None:
+            teacher.check_states(model)
         self.options = options
         self.teacher = teacher
         _freeze_unlearned(model, options)
