@@ -168,7 +168,8 @@ def test_the_models_own_end_is_no_text(decoder, memories, monkeypatch):
     assert whole.finish_reason == "length"
     assert result.finish_reason == "stop"
     assert result.completion_tokens <= 3
-    assert whole.text.startswith(result.text)
+    # These tokens are bytes: the end may come within a character.
+    assert whole.text.startswith(result.text.rstrip("\ufffd"))
 
 
 def test_sampling_repeats_with_its_seed_whatever_the_batch(decoder, memories):
