@@ -143,8 +143,8 @@ class SoftRAGModel(PreTrainedModel):
             read_without_padding(self.decoder)
             self.auto_encoding_embedding = nn.Parameter(torch.zeros(decoder_width))
         self.post_init()
-        # Behind it: it would start the adapters anew, as the base models do their own layers, and
-        # those that are to add nothing at first would add noise.
+        # Last: `post_init` draws the weights of layers that a base model does not know, and an
+        # adapter's second factor, which must start at zero, would start as noise.
         freeze_and_adapt(config, self.decoder, self.compressor)
 
     def _init_weights(self, module: nn.Module) -> None:

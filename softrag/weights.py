@@ -137,9 +137,8 @@ def _restore_rows(rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if rounded.dtype == torch.uint8:
         pairs = torch.stack((rounded & 15, rounded >> 4), dim=2)
         rounded = pairs.flatten(1).to(torch.int8) - 8
-    return (rounded.float().unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(
-        1
-    )
+    groups = rounded.float().unflatten(1, (scale.shape[1], -1))
+    return (groups * scale.float()[..., None]).flatten(1)
 
 
 def restore(

@@ -69,6 +69,7 @@ class PretrainingCollator(MemoryCollator):
         among: Chunks that a quotation or a missing word is to be found among.
         noise: As in `MemoryCollator`, for auto-encoding and quoting.
         saying: As in `MemoryCollator`.
+        teacher: Whether every cloze comes with the text that a `TextTeacher` reads.
         seed: Of every random choice.
     """
 
