@@ -148,11 +148,11 @@ def test_a_teacher_reads_the_chunks_of_clozes_as_text_and_no_other_lesson_of_tex
         for document in lesson.documents:
             chunk = tokenizer.decode(document.input_ids, skip_special_tokens=True)
             assert chunk in text
-        assert all(
-            "____" not in tokenizer.decode(other.prompt.input_ids)
-            for other in lessons
-            if other.teacher is None
-        )
+    assert all(
+        "____" not in tokenizer.decode(other.prompt.input_ids)
+        for other in lessons
+        if other.teacher is None
+    )
 
 
 def test_a_teacher_shares_the_loss_of_questions_and_not_of_texts(tmp_path: Path) -> None:

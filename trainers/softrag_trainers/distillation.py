@@ -81,16 +81,16 @@ class TextTeacher:
 
     def compare(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         states: Sequence[torch.Tensor],
         batch: Mapping[str, torch.Tensor],
         label_weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Read the same lessons as text, and compare.
 
         Args:
             logits: `(labels, vocabulary)` of the student, at the answer tokens of the batch, those
-                of lessons with a teacher first.
+                of lessons with a teacher first; None: what the teacher answers is not compared.
             states: What `recording` found in the student's `matched_layers`; empty: the teacher's
                 are not compared.
             batch: `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, each `(batch,
@@ -103,7 +103,7 @@ class TextTeacher:
         Returns:
             By how much the teacher's loss exceeds the labels', over the taught answers: a share of
             it, added to the labels' loss, gives the teacher that share of the loss. And the mean
-            `distance` of the states, with gradients to the student's; None without states.
+            `distance` of the states. None for what is not compared.
         """
         labels = batch["teacher_labels"]
         assert self.model.decoder is not None
@@ -114,16 +114,18 @@ class TextTeacher:
                 decoder_attention_mask=batch["teacher_attention_mask"],
                 labels=labels,
             )
-        learned = labels != IGNORED
-        taught = send(labels[learned], logits.device)
-        weights = None if label_weights is None else send(label_weights[learned], logits.device)
-        excess = self._excess(logits[: len(output.logits)], output.logits, taught, weights)
-        if not states:
-            return excess, None
-        own = _read(states, batch["teacher_matched_prompt"], batch["decoder_attention_mask"])
-        theirs = _read(known, batch["teacher_matched"], batch["teacher_attention_mask"])
-        each = [self._distance(mine, wanted) for mine, wanted in zip(own, theirs, strict=True)]
-        return excess, torch.stack(each).mean()
+        excess = distance = None
+        if logits is not None:
+            learned = labels != IGNORED
+            taught = send(labels[learned], logits.device)
+            weights = None if label_weights is None else send(label_weights[learned], logits.device)
+            excess = self._excess(logits[: len(output.logits)], output.logits, taught, weights)
+        if states:
+            own = _read(states, batch["teacher_matched_prompt"], batch["decoder_attention_mask"])
+            theirs = _read(known, batch["teacher_matched"], batch["teacher_attention_mask"])
+            pairs = zip(own, theirs, strict=True)
+            distance = torch.stack([self._distance(mine, wanted) for mine, wanted in pairs]).mean()
+        return excess, distance
 
 
 @contextmanager

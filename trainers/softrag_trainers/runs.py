@@ -369,9 +369,11 @@ def _fitted(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor
     """
     if theirs.shape == ours.shape:
         return theirs
+    if not is_lora_weight(name):
+        return None
     ranks = 0 if ".lora_A." in name else 1
-    narrower = theirs.shape[ranks] < ours.shape[ranks] if theirs.ndim == ours.ndim == 2 else False
-    if not (is_lora_weight(name) and narrower and theirs.shape[1 - ranks] == ours.shape[1 - ranks]):
+    width = 1 - ranks
+    if theirs.shape[width] != ours.shape[width] or theirs.shape[ranks] > ours.shape[ranks]:
         return None
     wide = ours.clone()
     wide.narrow(ranks, 0, theirs.shape[ranks]).copy_(theirs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,13 @@ class SoftRAGTrainer(Trainer):
                 f"optimizer.saying_weight is {options.saying_weight}, but the collator does not "
                 "tell soft tokens what to say. Make it with saying=True, or set the weight to 0."
             )
-        if options.match_weight and teacher is None:
-            raise ValueError(
-                f"optimizer.match_weight is {options.match_weight}, but nobody teaches. Name a "
-                "teacher, a checkpoint that reads text (teacher=FOLDER), or set the weight to 0."
-            )
-        if options.match_weight and teacher is not None:
+        if options.match_weight:
+            if teacher is None:
+                raise ValueError(
+                    f"optimizer.match_weight is {options.match_weight}, but nobody teaches. Name "
+                    "a teacher, a checkpoint that reads text (teacher=FOLDER), or set the weight "
+                    "to 0."
+                )
             teacher.check_states(model)
         self.options = options
         self.teacher = teacher
@@ -259,14 +260,23 @@ class SoftRAGTrainer(Trainer):
         labels = inputs["labels"]
         items = self._count(labels) if num_items_in_batch is None else num_items_in_batch
         teacher = self.teacher if "teacher_labels" in inputs else None
-        with self._recorded(teacher) as states:
+        decoder = self.bare_model.decoder
+        assert decoder is not None
+        layers: Sequence[int] = ()
+        if teacher is not None and self.options.match_weight:
+            layers = teacher.matched_layers
+        with recording(decoder.base_model, layers) as states:
             outputs = model(**read, label_weights=self._weights(labels), num_items_in_batch=items)
         loss = outputs.loss
         if teacher is not None:
             excess, distance = teacher.compare(
-                outputs.logits, states, inputs, self._weights(inputs["teacher_labels"])
+                outputs.logits if self.options.distil_weight else None,
+                states,
+                inputs,
+                self._weights(inputs["teacher_labels"]),
             )
-            loss = loss + self.options.distil_weight * excess / items
+            if excess is not None:
+                loss = loss + self.options.distil_weight * excess / items
             if distance is not None:
                 taught = self._count(inputs["teacher_labels"])
                 loss = loss + self.options.match_weight * taught / items * distance
@@ -286,12 +296,6 @@ class SoftRAGTrainer(Trainer):
                 loss = loss + 0.0 * torch.stack([each.sum() for each in trained]).sum()
             self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
-
-    def _recorded(self, teacher: TextTeacher | None) -> AbstractContextManager[list[torch.Tensor]]:
-        decoder = self.bare_model.decoder
-        if teacher is None or decoder is None or not self.options.match_weight:
-            return nullcontext([])
-        return recording(decoder.base_model, teacher.matched_layers)
 
     def _count(self, labels: torch.Tensor) -> int:
         """Return how many of what `loss_per` names are learned."""
