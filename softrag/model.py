@@ -496,7 +496,7 @@ class SoftRAGModel(PreTrainedModel):
         document_index: torch.Tensor | None = None,
         soft_tokens: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         soft_token_labels: torch.Tensor | None = None,
     ) -> SoftRAGOutput:
         """Compress the documents and read the prompts.

@@ -286,13 +286,17 @@ def test_lessons_weigh_the_same_however_long_their_answers_are_if_told_so(tmp_pa
     by_length = sum(a * n for a, n in zip(alone, lengths, strict=True)) / sum(lengths)
     assert loss(rows, "token") == pytest.approx(by_length, rel=1e-5)
     assert loss(rows, "lesson") == pytest.approx(sum(alone) / 2, rel=1e-5)
+    roots = [length**0.5 for length in lengths]
+    by_root = sum(a * root for a, root in zip(alone, roots, strict=True)) / sum(roots)
+    assert loss(rows, "root") == pytest.approx(by_root, rel=1e-5)
+    assert by_length != pytest.approx(by_root, rel=1e-3)
     # Batches are added up with the same weights.
     accumulated = {"loss_per": "lesson", "batch_size": 1, "accumulation": 2, "steps": 1}
     trainer = build_trainer(tmp_path, model, optimizer=accumulated, train_rows=Rows(rows))
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(sum(alone) / 2, rel=1e-4)
 
-    with pytest.raises(ValueError, match="loss_per is 'answer'; expected 'token' or 'lesson'"):
+    with pytest.raises(ValueError, match="loss_per is 'answer'; expected 'token', 'root' or 'lesson'"):
         loss(rows, "answer")
 
 

@@ -89,8 +89,9 @@ class Optimizer:
         minutes: Stop, decayed, after so much time, whatever steps or epochs say; null: never. From
             the end of the first step, or of the third where they compile; evaluations included.
         loss_per: What weighs the same in the loss: every "token" that is learned, or every
-            "lesson". Answers are short: by tokens, a third of lessons that reconstruct texts has
-            four fifths of the loss of a fine-tuning.
+            "lesson"; or "root", between them: a lesson weighs as the square root of its length.
+            Answers are short: by tokens, a third of lessons that reconstruct texts has four fifths
+            of the loss of a fine-tuning; by lessons, a paragraph has no more than a name.
         rerank_weight: What a document's relevance weighs in the loss, one of `loss_per` being 1
             (OSCAR, table 7: 0.05).
         saying_weight: What it weighs that soft tokens say something by themselves to the decoder's

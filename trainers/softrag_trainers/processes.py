@@ -19,13 +19,13 @@ def take_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def total(count: int) -> int:
+def total(count: float) -> float:
     """Return the sum of all processes' counts."""
     if not distributed.is_initialized():
         return count
-    counts = torch.tensor(count)
+    counts = torch.tensor(count, dtype=torch.float64)
     distributed.all_reduce(counts, group=_hosts())
-    return int(counts)
+    return float(counts)
 
 
 def agree(value: float) -> float:

@@ -35,6 +35,9 @@ from softrag_trainers.watches import BestWeights, EpochCount, LossWatch, Progres
 
 Scores = Mapping[str, float]
 
+# To which power of its length a lesson weighs (`optimizer.loss_per`).
+_LENGTH_POWERS = {"token": 1.0, "root": 0.5, "lesson": 0.0}
+
 
 def computes_in_bf16(run: Run) -> bool:
     """Tell whether a run computes in bfloat16: as it says, else on a GPU."""
@@ -93,9 +96,9 @@ class SoftRAGTrainer(Trainer):
         score: Callable[[SoftRAGModel], Scores] | None = None,
         teacher: TextTeacher | None = None,
     ) -> None:
-        if options.loss_per not in ("token", "lesson"):
+        if options.loss_per not in _LENGTH_POWERS:
             raise ValueError(
-                f"optimizer.loss_per is {options.loss_per!r}; expected 'token' or 'lesson'."
+                f"optimizer.loss_per is {options.loss_per!r}; expected 'token', 'root' or 'lesson'."
             )
         if options.saying_weight and not collator.saying:
             raise ValueError(
@@ -226,7 +229,7 @@ class SoftRAGTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], int]:
+    ) -> tuple[list[Any], float]:
         """Take the batches of a step; count what their loss is averaged over, on all processes."""
         batches = list(islice(epoch_iterator, num_batches))
         return batches, total(sum(self._count(batch["labels"]) for batch in batches))
@@ -243,7 +246,7 @@ class SoftRAGTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
     ) -> Any:  # noqa: ANN401 (Trainer's own contract)
         """Mean loss of the answer tokens, with the shares of all that is learned beside them."""
         if isinstance(model, DistributedDataParallel):
@@ -297,17 +300,18 @@ class SoftRAGTrainer(Trainer):
             self.watch.note(loss, read)
         return (loss, outputs) if return_outputs else loss
 
-    def _count(self, labels: torch.Tensor) -> int:
-        """Return how many of what `loss_per` names are learned."""
-        learned = labels != IGNORED
-        return int((learned if self.options.loss_per == "token" else learned.any(1)).sum())
+    def _count(self, labels: torch.Tensor) -> float:
+        """Return what the learned labels weigh together."""
+        lengths = (labels != IGNORED).sum(1).double()
+        return float((lengths[lengths > 0] ** _LENGTH_POWERS[self.options.loss_per]).sum())
 
     def _weights(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Return what each label weighs, so that lessons weigh the same; None: labels do."""
-        if self.options.loss_per == "token":
+        """Return what each label weighs, by the length of its lesson; None: 1."""
+        power = _LENGTH_POWERS[self.options.loss_per]
+        if power == 1:
             return None
-        count = (labels != IGNORED).sum(1, keepdim=True).clamp_min(1)
-        return (1 / count).expand_as(labels)
+        lengths = (labels != IGNORED).sum(1, keepdim=True).clamp_min(1)
+        return (lengths ** (power - 1)).expand_as(labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the speed beside every training loss."""
