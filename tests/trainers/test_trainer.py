@@ -296,7 +296,8 @@ def test_lessons_weigh_the_same_however_long_their_answers_are_if_told_so(tmp_pa
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(sum(alone) / 2, rel=1e-4)
 
-    with pytest.raises(ValueError, match="loss_per is 'answer'; expected 'token', 'root' or 'lesson'"):
+    expected = "loss_per is 'answer'; expected 'token', 'root' or 'lesson'"
+    with pytest.raises(ValueError, match=expected):
         loss(rows, "answer")
 
 
