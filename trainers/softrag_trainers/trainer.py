@@ -227,7 +227,7 @@ class SoftRAGTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
-    def get_batch_samples(
+    def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], float]:
         """Take the batches of a step; count what their loss is averaged over, on all processes."""
