@@ -38,12 +38,13 @@ def answer(
     limit: int,
     batch_size: int,
     dtype: str,
+    rate: int | None,
     as_given: bool,
 ) -> None:
     """Answer the files and write what a router could look at."""
     out.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
-    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype)
+    model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
     embedder = default_embedder()
     answered = []
     states = []
@@ -91,7 +92,8 @@ def answer(
             print(file.name, row.name, means, f"{row.decode_s:.4f} s", flush=True)
         # After every file: what is written stays when time runs out.
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        meta = {"checkpoint": checkpoint, "limit": limit, "device": device, "seconds": seconds}
+        meta = {"checkpoint": checkpoint, "rate": rate, "limit": limit}
+        meta |= {"device": device, "seconds": seconds}
         (out / "answers.json").write_text(json.dumps({"meta": meta, "answered": answered}))
         np.savez(out / "states.npz", states=torch.stack(states).half().numpy())
     print(json.dumps(seconds), flush=True)
@@ -205,6 +207,7 @@ def main() -> None:
     first.add_argument("--limit", type=int, default=300)
     first.add_argument("--batch-size", type=int, default=320)
     first.add_argument("--dtype", default="auto")
+    first.add_argument("--rate", type=int, help="One of the checkpoint's; its own unless told.")
     first.add_argument("--as-given", action="store_true", help="documents in the file's order")
     second = commands.add_parser("route")
     second.add_argument("folder", type=Path)
@@ -218,6 +221,7 @@ def main() -> None:
             limit=options.limit,
             batch_size=options.batch_size,
             dtype=options.dtype,
+            rate=options.rate,
             as_given=options.as_given,
         )
     else:
