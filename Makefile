@@ -31,8 +31,9 @@ fix: $(DEV_READY)  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Most tests keep one core busy: hence a process for every core, four at most, with one thread each.
 test: $(DEV_READY)  ## Run the tests
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 test-vllm: $(VLLM_READY)  ## Run the tests of vLLM, in .venv-vllm (3.5 GB, Python 3.11 or newer)
 	@.venv-vllm/bin/python -m pytest -q tests/vllm
