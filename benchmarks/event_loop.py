@@ -29,6 +29,7 @@ from softrag import Document, SoftRAG
 from softrag.bench.measure import commit
 from softrag.cli.options import DEMO
 from softrag.decoder.runner import Chosen, NewRow
+from softrag.decoder.sampling import Biases
 
 PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "softrag-memory")
 QUESTIONS = json.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
@@ -171,8 +172,8 @@ def record_batches(engine: SoftRAG) -> list[int]:
     runner = engine.decoder._engine._runner
     step = runner.step
 
-    def recorded(joining: Sequence[NewRow]) -> Chosen:
-        chosen = step(joining)
+    def recorded(joining: Sequence[NewRow], biases: Biases) -> Chosen:
+        chosen = step(joining, biases)
         sizes.append(runner.rows)
         return chosen
 

@@ -31,6 +31,7 @@ def score(
     dtype: str = "auto",
     rate: int | None = None,
     as_given: bool = False,
+    copy_bias: float = 0.0,
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
@@ -42,7 +43,14 @@ def score(
             questions = nearest_first(questions, embedder)
         bootstrap = Bootstrap(len(questions))
         by_mode = scores.setdefault(file.name.split(".jsonl")[0], {})
-        rows = answer_rows(questions, model, modes=modes, batch_size=batch_size, embedder=embedder)
+        rows = answer_rows(
+            questions,
+            model,
+            modes=modes,
+            batch_size=batch_size,
+            embedder=embedder,
+            copy_bias=copy_bias,
+        )
         for row in rows:
             by_mode[row.mode] = {
                 metric: [round(x, 2) for x in bootstrap.interval(row.scores[metric])]
@@ -69,6 +77,7 @@ def main() -> None:
         action="store_true",
         help="Read documents in the file's order; needs no embedder but in mode excerpts.",
     )
+    parser.add_argument("--copy-bias", type=float, default=0.0)
     options = parser.parse_args()
     score(
         options.checkpoint,
@@ -80,6 +89,7 @@ def main() -> None:
         dtype=options.dtype,
         rate=options.rate,
         as_given=options.as_given,
+        copy_bias=options.copy_bias,
     )
 
 

@@ -32,6 +32,7 @@ class Decoding(NamedTuple):
     seed: int | None
     with_state: bool = False
     lookahead: int = 0
+    copy_bias: float = 0.0
 
 
 class Asked(NamedTuple):
@@ -83,7 +84,14 @@ class Prepared:
         Raises:
             ValueError: A memory came without its text.
         """
-        request = replace(self.request, documents=tuple(self.texts), with_state=False, lookahead=0)
+        request = replace(
+            self.request,
+            documents=tuple(self.texts),
+            with_state=False,
+            lookahead=0,
+            copy_from=(),
+            copy_bias=0.0,
+        )
         return replace(self, mode="text", request=request)
 
     def answer(self, *passes: DecodeResult, fallback_score: float | None = None) -> Answer:
@@ -165,6 +173,8 @@ def prepare(
     else:
         documents = [[] for _ in questions]
     compress_s = perf_counter() - started
+    # What reads the texts themselves needs no help with their words.
+    copies = decoding.copy_bias > 0 and reads_memories(mode)
     return [
         Prepared(
             request=DecodeRequest(
@@ -176,6 +186,8 @@ def prepare(
                 seed=decoding.seed,
                 with_state=decoding.with_state,
                 lookahead=decoding.lookahead,
+                copy_from=_known_texts(question) if copies else (),
+                copy_bias=decoding.copy_bias if copies else 0.0,
             ),
             question=question,
             mode=mode,
@@ -279,6 +291,13 @@ def _text(source: Source) -> str:
         f"Memory {source.key} came without its text. Pass the hit that holds both, or ask in mode "
         "'memory'."
     )
+
+
+def _known_texts(question: Asked) -> list[str]:
+    found = (
+        source.text if isinstance(source, Memory) else _text(source) for source in question.sources
+    )
+    return [text for text in found if text is not None]
 
 
 def _text_prompt_tokens(question: Asked, mode: Mode, decoder: Decoder) -> int | None:

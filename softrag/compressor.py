@@ -112,6 +112,7 @@ class Compressor:
                     fingerprint=self.fingerprint,
                     n_document_tokens=row.n_document_tokens,
                     relevance=relevance,
+                    text=documents[place],
                 )
 
         # While a GPU works on one batch, the next is tokenized and the last one taken apart.

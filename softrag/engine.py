@@ -17,7 +17,7 @@ from softrag.answer import AddReport, Answer, AnswerStream, Mode, reads_memories
 from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, check_question, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
-from softrag.checks import check_count, check_texts
+from softrag.checks import check_count, check_number, check_texts
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
 from softrag.documents import Chunk, Document, Hit
@@ -53,6 +53,10 @@ class SoftRAG:
         window_s: How long a question waits for others to be decoded with it.
         fallback: Decides, where memories are asked for, which questions are answered from text
             instead; None for none.
+        copy_bias: Where memories are read, the answer's tokens that go on as the chunks' texts do
+            get so much added to their logits, 0.0 to 100: names and numbers come out as they are
+            spelled there, and no prompt token more is read. 0.0 for none; `docs/evaluation.md`
+            has what it is worth. Of this library's own decoder only.
 
     Raises:
         MemoryMismatchError: The store was built, or the fallback calibrated, with another model
@@ -69,6 +73,7 @@ class SoftRAG:
         chunk_tokens: int | None = None,
         window_s: float = 0.005,
         fallback: Router | None = None,
+        copy_bias: float = 0.0,
     ) -> None:
         check_embedder(embedder)
         self.store = store
@@ -88,6 +93,8 @@ class SoftRAG:
         if fallback is not None and maker is not None:
             fallback.check(maker.fingerprint)
         self.fallback = fallback
+        check_number("copy_bias", copy_bias, least=0.0, most=100.0)
+        self.copy_bias = copy_bias
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
             MicroBatcher(decoder.generate, window_s=window_s)
             if decoder and not decoder.joins_requests
@@ -118,6 +125,7 @@ class SoftRAG:
         rate: int | None = None,
         cut: bool = False,
         fallback: Router | str | Path | None = None,
+        copy_bias: float = 0.0,
     ) -> SoftRAG:
         """Load a checkpoint and open a store.
 
@@ -146,6 +154,7 @@ class SoftRAG:
             cut: Cut documents that are longer than the compressor reads, as research code does,
                 instead of splitting them: one chunk each, whose end is not read.
             fallback: A router, or the file that `softrag eval --calibrate` wrote; None for none.
+            copy_bias: As in the class.
 
         Raises:
             CheckpointError: The checkpoint is damaged or of another kind.
@@ -194,6 +203,7 @@ class SoftRAG:
                 decoder=None if isinstance(decoder, str) else decoder,
                 chunk_tokens=chunk_tokens,
                 fallback=fallback,
+                copy_bias=copy_bias,
             )
         except Exception:
             if opened is not None:
@@ -468,6 +478,7 @@ class SoftRAG:
         return Asked(question, hits, started, perf_counter() - started, keep)
 
     def _prepare(self, found: Sequence[Asked], mode: Mode, decoding: Decoding) -> list[Prepared]:
+        decoding = decoding._replace(copy_bias=self.copy_bias)
         if self.fallback is not None and mode == "memory":
             decoding = decoding._replace(
                 with_state=self.fallback.with_state, lookahead=self.fallback.lookahead

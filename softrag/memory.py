@@ -19,6 +19,8 @@ class Memory:
         n_document_tokens: How many compressor tokens the document had.
         relevance: How relevant the document is to the question, from 0 to 1, by a query-dependent
             model with a rerank head; None by others, and when read from a store.
+        text: What the values were made from; None where that is not known, as in bytes
+            (`softrag.codec`).
     """
 
     values: torch.Tensor
@@ -26,6 +28,7 @@ class Memory:
     fingerprint: str
     n_document_tokens: int
     relevance: float | None = None
+    text: str | None = None
 
     def __len__(self) -> int:
         """Return the number of soft tokens."""

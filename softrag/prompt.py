@@ -112,6 +112,31 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
+def encode_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Tokenize user texts as `encode_text` does; return ids and where in its text each stands.
+
+    Raises:
+        TypeError: The tokenizer is a slow one, which does not know.
+    """
+    if not tokenizer.is_fast:
+        raise TypeError(
+            f"Where tokens stand in a text only a fast tokenizer says, found "
+            f"{type(tokenizer).__name__}. Its folder needs a tokenizer.json."
+        )
+    if not texts:
+        return []
+    with _READING:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
 class DocumentPrompt:
     """What the compressor reads: a document (PISCO), or a question and a document (OSCAR).
 

@@ -52,7 +52,13 @@ class SetMemories:
         """Return the memories as they come back from a store with this codec (`codec.CODECS`)."""
         data = {text: [encode(each, codec) for each in made] for text, made in self.by_text.items()}
         return SetMemories(
-            by_text={text: [decode(each) for each in made] for text, made in data.items()},
+            by_text={
+                text: [
+                    replace(decode(each), text=whole.text)
+                    for each, whole in zip(made, self.by_text[text], strict=True)
+                ]
+                for text, made in data.items()
+            },
             nbytes=sum(len(each) for made in data.values() for each in made),
             compress_s=self.compress_s,
         )
@@ -122,6 +128,7 @@ def answer_set(
     max_new_tokens: int = 64,
     with_state: bool = False,
     lookahead: int = 0,
+    copy_bias: float = 0.0,
     on_answers: Callable[[int], None] | None = None,
 ) -> AnsweredSet:
     """Answer questions from their own documents.
@@ -136,6 +143,7 @@ def answer_set(
         max_new_tokens: Most tokens of an answer.
         with_state: As in `DecodeRequest`.
         lookahead: As in `DecodeRequest`.
+        copy_bias: As in `SoftRAG`.
         on_answers: Called with the number of new answers after every batch.
     """
     known = memories.by_text if memories else {}
@@ -151,7 +159,7 @@ def answer_set(
                 for question, documents in zip(questions[batch], texts[batch], strict=True)
             ],
             mode=mode,
-            decoding=Decoding(max_new_tokens, None, 0.0, None, with_state, lookahead),
+            decoding=Decoding(max_new_tokens, None, 0.0, None, with_state, lookahead, copy_bias),
             decoder=decoder,
             compressor=compressor,
         )

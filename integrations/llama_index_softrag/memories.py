@@ -123,7 +123,7 @@ class Memories:
             memory = carried_memory(each.node, fingerprint=self.fingerprint)
             # A text that was changed later has another key: its memory is made again.
             if memory is not None and key == memory.key == self.key(hit):
-                self.cache.put(memory)
+                self.cache.put(replace(memory, text=document_text(hit.title, hit.text)))
         self._make_missing(hits, keys, asked)
         return [
             NodeWithScore(node=self._view(each, hit, key), score=each.score)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from softrag.cli.options import (
     DEFAULT_MODEL,
+    CopyBias,
     Device,
     Dtype,
     Fallback,
@@ -60,6 +61,7 @@ class _Plan:
     with_compressor: bool
     with_state: bool
     lookahead: int
+    copy_bias: float
     quiet: bool
 
 
@@ -98,6 +100,7 @@ def evaluate(
     rate: Rate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: MaxNewTokens = 64,
+    copy_bias: CopyBias = 0.0,
     seed: Annotated[int, typer.Option(help="Of intervals, halves and drawn chunks.")] = 0,
     judge: Annotated[
         str | None,
@@ -177,6 +180,7 @@ def evaluate(
         with_compressor=not set(wanted) <= {"closed", "text"} or corpus is not None,
         with_state=bool(calibrate and state) or bool(router and router.with_state),
         lookahead=router.lookahead if router else LOOKAHEAD if calibrate else 0,
+        copy_bias=copy_bias,
         quiet=json,
     )
     hush_transformers()
@@ -406,6 +410,7 @@ def _rows(
                 max_new_tokens=plan.max_new_tokens,
                 with_state=plan.with_state,
                 lookahead=plan.lookahead,
+                copy_bias=plan.copy_bias,
                 embedder=embedder,
                 on_answers=lambda name, n: progress.update(task, description=name, advance=n),
             )

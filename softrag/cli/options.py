@@ -92,6 +92,16 @@ Fallback = Annotated[
         help="A router that answers doubtful questions from text; see softrag eval --calibrate.",
     ),
 ]
+CopyBias = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=100.0,
+        envvar="SOFTRAG_COPY_BIAS",
+        help="Added, where memories are read, to the logits of tokens that go on as the chunks' "
+        "texts do.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 
@@ -108,6 +118,7 @@ class EngineOptions:
     rate: Rate = None
     decoder: Decoder = "torch"
     fallback: Fallback = None
+    copy_bias: CopyBias = 0.0
 
     def open(self, *, create: bool = False) -> SoftRAG:
         """Load the engine.
@@ -137,6 +148,7 @@ class EngineOptions:
                 rate=self.rate,
                 decoder=self.decoder,
                 fallback=self.fallback,
+                copy_bias=self.copy_bias,
             )
         except BaseException:
             if opened is not None:

@@ -123,6 +123,7 @@ def answer_rows(
     max_new_tokens: int = 64,
     with_state: bool = False,
     lookahead: int = 0,
+    copy_bias: float = 0.0,
     embedder: Embedder | None = None,
     on_answers: Callable[[str, int], None] | None = None,
 ) -> Iterator[Row]:
@@ -139,6 +140,7 @@ def answer_rows(
         max_new_tokens: Most tokens of an answer.
         with_state: Whether mode "memory" brings the state that a router may look at.
         lookahead: First tokens of whose text mode "memory" brings, for a router.
+        copy_bias: As in `SoftRAG`.
         embedder: Finds the sentences of mode "excerpts".
         on_answers: Called with the row's name and the number of new answers.
     """
@@ -166,6 +168,7 @@ def answer_rows(
                 max_new_tokens=max_new_tokens,
                 with_state=with_state and mode == "memory",
                 lookahead=lookahead if mode == "memory" else 0,
+                copy_bias=copy_bias,
                 on_answers=None if on_answers is None else _named(on_answers, name),
             )
             stored = {

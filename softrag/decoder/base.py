@@ -26,6 +26,10 @@ class DecodeRequest:
         seed: Makes sampling repeatable, any int64; None for a new one each time.
         with_state: Whether the result brings `prompt_state`.
         lookahead: Of so many first tokens the result brings the text as `opening`; 0: none.
+        copy_from: Texts that hold the answer's words, such as those the memories were made from.
+            They cost no prompt tokens.
+        copy_bias: Added to the logits of tokens that go on as one of these texts does, 0.0 to 100;
+            0.0 leaves them alone. The log-probabilities of the result are the model's own.
     """
 
     question: str
@@ -36,6 +40,8 @@ class DecodeRequest:
     seed: int | None = None
     with_state: bool = False
     lookahead: int = 0
+    copy_from: Sequence[str] = ()
+    copy_bias: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail in the middle of decoding, or not at all."""
@@ -46,6 +52,8 @@ class DecodeRequest:
         if self.seed is not None:
             check_number("seed", self.seed, least=-(2**63), most=2**63 - 1, whole=True)
         check_number("lookahead", self.lookahead, least=0, whole=True)
+        check_texts("copy_from", self.copy_from)
+        check_number("copy_bias", self.copy_bias, least=0.0, most=100.0)
         check_texts("stop", self.stop)
         if not all(self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, found {self.stop!r}.")

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from softrag.batch import collate_prompts
-from softrag.decoder.row import Row
+from softrag.decoder.row import Row, biases_of
 from softrag.decoder.sampling import log_probabilities
 from softrag.decoder.turns import Turns
 from softrag.model import SoftRAGModel
@@ -110,10 +110,11 @@ class EagerEngine:
             batch.mask = batch.mask[keep]
 
     def _push(self, batch: _Batch) -> None:
-        greedy = batch.logits.argmax(-1).tolist()
+        biased = biases_of(batch.rows).added_to(batch.logits)
+        greedy = biased.argmax(-1).tolist()
         batch.tokens = [
             row.sample(logits) if row.request.temperature else token
-            for row, logits, token in zip(batch.rows, batch.logits, greedy, strict=True)
+            for row, logits, token in zip(batch.rows, biased, greedy, strict=True)
         ]
         chosen = torch.tensor(batch.tokens, device=batch.logits.device)
         logprobs = log_probabilities(batch.logits, chosen).tolist()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
 
 from softrag.decoder.base import DecodeRequest, DecodeResult
+from softrag.decoder.copying import Copier
 from softrag.decoder.detokenizer import Detokenizer
+from softrag.decoder.sampling import NO_BIASES, Biases
 from softrag.memory import Memory
 from softrag.prompt import PromptRow
 
@@ -20,6 +22,7 @@ class Row:
     Attributes:
         request: What was asked.
         prompt: Its layout.
+        copier: Says which tokens its copy bias favours; None without one.
         finish_reason: Why the answer ended; None while it goes on.
         error: What broke it, to be raised to its caller.
         cancelled: Whether its caller is gone.
@@ -34,10 +37,12 @@ class Row:
         prompt: PromptRow,
         detokenizer: Detokenizer,
         *,
+        copier: Copier | None = None,
         streamed: bool = False,
     ) -> None:
         self.request = request
         self.prompt = prompt
+        self.copier = copier
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.cancelled = False
@@ -84,6 +89,8 @@ class Row:
         if not self._logprobs:
             self._first_token_s = perf_counter() - self._started
         self._logprobs.append(logprob)
+        if self.copier is not None:
+            self.copier.push(token)
         ended = token in end_ids
         delta = ""
         if not ended and self._at_once:
@@ -126,3 +133,14 @@ class Row:
             prompt_state=self.prompt_state,
             opening=self._detokenizer.opening(self.request.lookahead),
         )
+
+
+def biases_of(rows: Sequence[Row]) -> Biases:
+    """Return what the rows' copy biases add to the logits of their next tokens, row by row."""
+    favoured = [
+        (place, token, row.request.copy_bias)
+        for place, row in enumerate(rows)
+        if row.copier is not None
+        for token in row.copier.favoured()
+    ]
+    return Biases(*zip(*favoured, strict=True)) if favoured else NO_BIASES

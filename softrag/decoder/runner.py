@@ -15,7 +15,7 @@ from torch import nn
 
 from softrag.decoder.cache import PAGE, PagePool, pages_for
 from softrag.decoder.resident import ResidentMemories
-from softrag.decoder.sampling import choose, log_probabilities
+from softrag.decoder.sampling import NO_BIASES, Biases, choose, log_probabilities
 from softrag.fused import FusedBackbone
 from softrag.fused.graphs import GraphSet
 from softrag.memory import Memory
@@ -159,22 +159,30 @@ class StepRunner:
     # ------------------------------------------------------------------ passes
 
     @torch.no_grad()
-    def step(self, new: Sequence[NewRow]) -> Chosen:
+    def step(self, new: Sequence[NewRow], biases: Biases = NO_BIASES) -> Chosen:
         """Choose the next token of every running row and the first of every new one.
 
         New rows take the places behind the running ones.
+
+        Args:
+            new: Rows that join.
+            biases: Added to the logits of running and new rows. Such a pass is not captured.
         """
         with working_on(self.backbone.device):
-            return self._step(new)
+            return self._step(new, biases)
 
-    def _step(self, new: Sequence[NewRow]) -> Chosen:
+    def _step(self, new: Sequence[NewRow], biases: Biases) -> Chosen:
         running = self.rows
         prompt = self._stage(new) if new else None
         sampling = any(self._sampling) or any(row.temperature for row in new)
         places = running
         if self._graphs is not None:
             places = _bucket(running, self.batch_size, mixed=bool(new))
-        if self._graphs is not None and (prompt is None or prompt.captured):
+        if biases.rows:
+            # Behind the running rows stand the spare places.
+            rows = [row if row < running else row + places - running for row in biases.rows]
+            out = self._pass(places, prompt, sampling, biases._replace(rows=rows))
+        elif self._graphs is not None and (prompt is None or prompt.captured):
             key = (places, prompt.shape if prompt else None, sampling)
             out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling))
         else:
@@ -195,7 +203,9 @@ class StepRunner:
             states = states[: len(new)] if any(row.with_state for row in new) else None
         return Chosen(tokens, logprobs, states)
 
-    def _pass(self, places: int, prompt: _Prompt | None, sampling: bool) -> _Output:
+    def _pass(
+        self, places: int, prompt: _Prompt | None, sampling: bool, biases: Biases = NO_BIASES
+    ) -> _Output:
         """Choose tokens for `places` rows and for the prompts."""
         tokens, positions, seeds, temperature, tables = (
             tensor[:places] for tensor in self._places()
@@ -237,10 +247,11 @@ class StepRunner:
             seeds = torch.cat([seeds, prompt.seeds])
             lengths = torch.cat([lengths, prompt.lengths])
         logits = self._head(states)
+        biased = biases.added_to(logits)
         if sampling:
-            chosen = choose(logits, temperature, seeds, lengths)
+            chosen = choose(biased, temperature, seeds, lengths)
         else:
-            chosen = logits.argmax(-1)
+            chosen = biased.argmax(-1)
         return _Output(chosen, log_probabilities(logits, chosen), prompt_states)
 
     # ------------------------------------------------------------------ prompts

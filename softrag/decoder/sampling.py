@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+
+from softrag.packing import send
 
 
 def choose(
@@ -35,6 +40,32 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     """Return the log-probabilities, `(rows,)`, of `(rows,)` tokens in `(rows, vocabulary)`."""
     wide = logits.float()
     return wide.gather(-1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
+
+
+class Biases(NamedTuple):
+    """What is added to some logits before a token is chosen.
+
+    Attributes:
+        rows: Whose logits.
+        tokens: Which of them.
+        values: What is added.
+    """
+
+    rows: Sequence[int]
+    tokens: Sequence[int]
+    values: Sequence[float]
+
+    def added_to(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return `(rows, vocabulary)` logits with these values added."""
+        if not self.rows:
+            return logits
+        where = torch.tensor([list(self.rows), list(self.tokens)])
+        values = torch.tensor(list(self.values), dtype=logits.dtype)
+        rows, tokens = send(where, logits.device)
+        return logits.index_put((rows, tokens), send(values, logits.device), accumulate=True)
+
+
+NO_BIASES = Biases((), (), ())
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from softrag.decoder.cache import PAGE, pages_for
-from softrag.decoder.row import Row
+from softrag.decoder.row import Row, biases_of
 from softrag.decoder.runner import LARGEST_CAPTURED, Chosen, NewRow, StepRunner
 from softrag.decoder.turns import Turns
 
@@ -92,7 +92,9 @@ class Scheduler:
             if self._in_flight is not None:
                 self._read(self._in_flight)
             self._in_flight = started
-            if started is not None and not self._ahead:
+            # What a copy bias favours depends on the last token.
+            copying = any(row.copier is not None for row, _ in self._running)
+            if started is not None and (copying or not self._ahead):
                 self._read(started)
                 self._in_flight = None
             self._retire()
@@ -122,11 +124,14 @@ class Scheduler:
         if not self._running and not joining:
             return None
         self._running += joining
+        rows = [row for row, _ in self._running]
         with self._lock:
-            chosen = self._runner.step([self._prepare(*running) for running in joining])
-        for row, _ in self._running:
+            chosen = self._runner.step(
+                [self._prepare(*running) for running in joining], biases_of(rows)
+            )
+        for row in rows:
             row.n_started += 1
-        return _Step(chosen, [row for row, _ in self._running])
+        return _Step(chosen, rows)
 
     def _admit(self) -> list[_Running]:
         """Take from those that wait, first come first served, what fits this step."""

@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 
 from softrag.decoder.base import DecodeRequest, DecodeResult
 from softrag.decoder.checks import check_fits, check_memory
+from softrag.decoder.copying import Copier, CopySource
 from softrag.decoder.detokenizer import Detokenizer
 from softrag.decoder.eager import EagerEngine
 from softrag.decoder.row import Row
@@ -159,10 +160,15 @@ class TorchDecoder:
         for document in request.documents:
             if isinstance(document, Memory):
                 check_memory(document, fingerprint=self.fingerprint, width=self._width)
+        copier = None
+        if request.copy_bias and request.copy_from:
+            source = CopySource(self.prompt.tokenizer, request.copy_from)
+            copier = Copier(source, self.prompt.end_ids)
         row = Row(
             request,
             self._render(request.question, request.documents),
             Detokenizer(self.prompt.tokenizer, request.stop),
+            copier=copier,
             streamed=streamed,
         )
         limit = getattr(self._decoder.config, "max_position_embeddings", None)

@@ -243,6 +243,11 @@ class VLLMDecoder:
         self.engine.close()
 
     def _begin(self, request: DecodeRequest) -> _Answer:
+        if request.copy_bias:
+            raise ValueError(
+                f"vLLM cannot be told at every token what to favour, found copy_bias "
+                f"{request.copy_bias}. Set it to 0, or answer with decoder='torch'."
+            )
         built = self.prompts.build(request.question, request.documents)
         check_fits(request, prompt_tokens=len(built.input_ids), limit=self.engine.limit())
         detokenizer = Detokenizer(self.prompts.prompt.tokenizer, request.stop)

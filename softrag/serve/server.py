@@ -63,6 +63,7 @@ def open_tenants(
             decoder=engine.decoder,
             chunk_tokens=engine.chunk_tokens,
             fallback=engine.fallback,
+            copy_bias=engine.copy_bias,
         )
     return engines
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from softrag.codec import decode, encode
-from softrag.documents import Chunk, Hit
+from softrag.documents import Chunk, Hit, document_text
 from softrag.errors import MemoryCodecError
 from softrag.memory import Memory
 
@@ -45,6 +46,14 @@ def decode_memory(payload: Mapping[str, Any], *, fingerprint: str | None = None)
             f"Memory {payload.get(KEY_FIELD)} of chunk {payload.get('chunk_id')}, source "
             f"{payload.get('source')!r}, cannot be read: {error}"
         ) from error
+
+
+def memory_of(payload: Mapping[str, Any], *, fingerprint: str | None = None) -> Memory | None:
+    """Return the memory in the payload of a chunk, with its text; errors as in `decode_memory`."""
+    memory = decode_memory(payload, fingerprint=fingerprint)
+    if memory is None:
+        return None
+    return replace(memory, text=document_text(payload.get("title"), payload.get("text") or ""))
 
 
 def to_payload(chunk: Chunk, memory: Memory | None, codec: str = "bf16") -> dict[str, Any]:
@@ -85,5 +94,5 @@ def to_hit(
         score=score,
         n_tokens=payload.get("n_tokens") or 0,
         start=payload.get("start") or 0,
-        memory=decode_memory(payload, fingerprint=fingerprint),
+        memory=memory_of(payload, fingerprint=fingerprint),
     )

@@ -28,7 +28,7 @@ from softrag.store.connection import GRPC_PORT, connect, is_url, qdrant, store_e
 from softrag.store.embedded import bytes_on_disk
 from softrag.store.filters import to_filter
 from softrag.store.layout import CollectionLayout, create_collection
-from softrag.store.payload import KEY_FIELD, MEMORY_FIELD, decode_memory, to_hit
+from softrag.store.payload import KEY_FIELD, MEMORY_FIELD, memory_of, to_hit
 from softrag.store.points import Points, check_embeddings, make_points, point_id, unit
 from softrag.store.record import StoreInfo, StoreRecord
 
@@ -348,9 +348,9 @@ class MemoryStore:
             field = models.FieldCondition(key=KEY_FIELD, match=models.MatchAny(any=list(batch)))
             # Several chunks may share a memory: the same text from two sources.
             with_key = models.Filter(must=[field])
-            for payload in self._payloads(with_key, [KEY_FIELD, MEMORY_FIELD]):
+            for payload in self._payloads(with_key, [KEY_FIELD, MEMORY_FIELD, "text", "title"]):
                 if payload[KEY_FIELD] not in found:
-                    memory = decode_memory(payload, fingerprint=self.record.fingerprint)
+                    memory = memory_of(payload, fingerprint=self.record.fingerprint)
                     if memory is not None:
                         found[memory.key] = memory
         return found
@@ -385,7 +385,7 @@ class MemoryStore:
         if missing:
             for record in self.points.retrieve(missing, [MEMORY_FIELD]):
                 whole = {**payloads[id_of(record)], **(record.payload or {})}
-                memory = decode_memory(whole, fingerprint=self.record.fingerprint)
+                memory = memory_of(whole, fingerprint=self.record.fingerprint)
                 if memory is not None:
                     self.hot.put(memory)
                     found[id_of(record)] = memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -553,6 +554,21 @@ def test_eval_writes_questions_when_there_are_none(tmp_path, store):
     assert len(file.read_text().splitlines()) == 3
     # Questions that were checked by hand are not overwritten.
     assert again.exit_code == 2
+
+
+def test_a_copy_bias_makes_the_commands_answer_in_the_documents_words(tmp_path, store):
+    file = write_questions(tmp_path / "questions.jsonl", repeat=1)
+    options = ("--copy-bias", 100, "--json", "--max-new-tokens", 9)
+
+    asked = json.loads(run("ask", QUESTION, "-k", 99, *options, store=store).stdout)
+    measured = json.loads(
+        run("eval", file, *options, "--modes", "memory", "--store", store, store=store).stdout
+    )
+
+    words = set(re.findall(r"\w+", " ".join(f"{s['title']} {s['text']}" for s in asked["sources"])))
+    for answer in (asked["answer"], *(each["memory"] for each in measured["answers"])):
+        *whole, _ = re.findall(r"\w+", answer)  # the last may be cut off
+        assert set(whole) <= words
 
 
 def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store):

@@ -113,7 +113,7 @@ def test_closing_a_stream_stops_the_model(model, decoder, memories, monkeypatch)
     steps = []
     runner = decoder._engine._runner
     step = runner.step
-    monkeypatch.setattr(runner, "step", lambda new: (steps.append(1), step(new))[1])
+    monkeypatch.setattr(runner, "step", lambda *new: (steps.append(1), step(*new))[1])
 
     stream = decoder.stream(
         DecodeRequest(question="Why?", documents=memories[:1], max_new_tokens=100)

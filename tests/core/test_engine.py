@@ -450,6 +450,44 @@ def test_answering_from_hits_is_asking(engine):
     assert engine.answer_from(QUESTION, [], max_new_tokens=6).usage.soft_tokens == 0
 
 
+def test_a_copy_bias_gives_answers_in_the_words_of_what_was_read(tmp_path):
+    with open_engine(tmp_path) as engine:
+        engine.add(DOCUMENTS)
+        plain = {
+            mode: engine.ask(QUESTION, k=2, mode=mode, max_new_tokens=8).text
+            for mode in ("memory", "text", "closed")
+        }
+    with open_engine(tmp_path, copy_bias=100.0) as engine:
+        hits = engine.retrieve(QUESTION, 2)
+        copied = engine.ask(QUESTION, k=2, max_new_tokens=8).text
+
+        texts = [document_text(hit.title, hit.text) for hit in hits]
+        words = set(re.findall(r"\w+", " ".join(texts)))
+        *whole, _ = re.findall(r"\w+", copied)  # the last may be cut off
+        assert copied != plain["memory"]
+        assert len(whole) > 1
+        assert set(whole) <= words
+        # Memories bring their texts along, from the store and from the compressor.
+        memories = [hit.memory for hit in hits]
+        assert [memory.text for memory in memories] == texts
+        assert [each.text for each in engine.resolve([m.key for m in memories])] == texts
+        for sources in (hits, memories, texts, engine.compressor.compress(texts)):
+            assert engine.answer_from(QUESTION, sources, max_new_tokens=8).text == copied
+        assert engine.ask_many([QUESTION], k=2, max_new_tokens=8)[0].text == copied
+        assert "".join(engine.stream(QUESTION, k=2, max_new_tokens=8)) == copied
+        for mode in ("text", "closed"):
+            assert engine.ask(QUESTION, k=2, mode=mode, max_new_tokens=8).text == plain[mode]
+        assert engine.ask(QUESTION, k=2, mode="mixed", max_new_tokens=8).text
+        unknown = [replace(memory, text=None) for memory in memories]
+        assert engine.answer_from(QUESTION, unknown, max_new_tokens=8).text == plain["memory"]
+
+
+@pytest.mark.parametrize("bias", [-1.0, 1e3, float("nan"), "4", None])
+def test_a_senseless_copy_bias_is_refused(bias):
+    with pytest.raises((TypeError, ValueError), match="copy_bias must be"):
+        open_engine(copy_bias=bias)
+
+
 def test_memories_that_are_missing_are_made(engine):
     hits = engine.retrieve(QUESTION, 3)
     expected = engine.ask(QUESTION, k=3, max_new_tokens=6)

@@ -199,7 +199,7 @@ def test_what_breaks_a_step_reaches_every_caller_and_the_next_one_works(
     stepper = decoder._engine._runner
     with monkeypatch.context() as broken:
 
-        def fail(new):
+        def fail(*new):
             raise RuntimeError("out of memory")
 
         stream = decoder.stream(requests[0])
@@ -229,7 +229,10 @@ def watch_steps(decoder):
     steps = []
     stepper = decoder._engine._runner
     step = stepper.step
-    stepper.step = lambda new: (steps.append((stepper.rows, len(new))), step(new))[1]
+    stepper.step = lambda new, *biases: (
+        steps.append((stepper.rows, len(new))),
+        step(new, *biases),
+    )[1]
     return steps
 
 

@@ -68,6 +68,16 @@ def decoder(server):
     decoder.close()
 
 
+def test_a_copy_bias_is_refused_before_anything_is_sent(server, decoder):
+    request = DecodeRequest(question="Why?", copy_from=["Because."], copy_bias=4.0)
+
+    with pytest.raises(ValueError, match=r"found copy_bias 4\.0\. Set it to 0, or answer with"):
+        decoder.generate([request])
+    with pytest.raises(ValueError, match="copy_bias"):
+        next(decoder.stream(request))
+    assert not server.requests
+
+
 def wait_for_running(server, requests):
     deadline = time.monotonic() + 20
     while server.running < requests and time.monotonic() < deadline:

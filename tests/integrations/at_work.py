@@ -42,14 +42,14 @@ def rows_of(monkeypatch: pytest.MonkeyPatch, decoder: TorchDecoder) -> Rows:
     runner, waiting = decoder._engine._runner, decoder._engine._turns.waiting
     step = runner.step
 
-    def counting(new):
+    def counting(new, *biases):
         rows = runner.rows + len(new)
         sizes.append(rows)
         deadline = time.monotonic() + 10
         while rows + len(waiting) < sizes.crowd and time.monotonic() < deadline:
             time.sleep(0.001)
         sizes.crowd = 1
-        return step(new)
+        return step(new, *biases)
 
     monkeypatch.setattr(runner, "step", counting)
     return sizes
