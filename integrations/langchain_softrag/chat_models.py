@@ -96,6 +96,7 @@ class ChatSoftRAG(BaseChatModel):
             "max_tokens": self.max_tokens,
             "stop": self.stop,
             "seed": self.seed,
+            "copy_bias": self.engine.copy_bias,
         }
 
     def _generate(

@@ -19,6 +19,7 @@ from softrag.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
     DEMO,
+    CopyBias,
     Device,
     EngineOptions,
     Json,
@@ -52,6 +53,7 @@ def demo(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    copy_bias: CopyBias = 0.0,
     json: Json = False,
 ) -> None:
     """Index the shipped documents and answer ten questions from memories, mixed and from text."""
@@ -59,7 +61,7 @@ def demo(
 
     console = Console(quiet=json)
     questions, gold = read_questions()
-    options = EngineOptions(store=store, model=model, device=device)
+    options = EngineOptions(store=store, model=model, device=device, copy_bias=copy_bias)
     with options.open(create=True) as engine:
         console.print("Compressing the documents into memories …", style="dim")
         report = add_files(engine, [DEMO / "corpus"], quiet=json)

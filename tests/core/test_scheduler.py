@@ -144,6 +144,12 @@ def test_padded_shapes_give_the_same_answers(model, requests, expected, ahead, m
     assert texts(decoder.generate([requests[3]])) == expected[3:4]
     sampled = [replace(request, temperature=2.0, seed=5) for request in requests]
     assert texts(decoder.generate(sampled)) == texts(TorchDecoder(model).generate(sampled))
+    copied = [
+        replace(request, copy_from=SENTENCES, copy_bias=100.0 * (number % 3 > 0))
+        for number, request in enumerate(requests)
+    ]
+    assert texts(decoder.generate(copied)) == texts(TorchDecoder(model).generate(copied))
+    assert texts(decoder.generate(copied)) != expected
     shapes = {(places, tokens) for places, tokens, _ in decoder._engine._runner._graphs.keys}
     assert {places for places, _ in shapes} == {0, 1, 2, 4, 7}
     assert len(shapes) < 30

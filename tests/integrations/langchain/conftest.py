@@ -45,7 +45,7 @@ def store() -> Iterator[SoftRAGQdrantVectorStore]:
         yield SoftRAGQdrantVectorStore(engine)
 
 
-def open_engine(store: str | Path = ":memory:", **options: bool) -> SoftRAG:
+def open_engine(store: str | Path = ":memory:", **options: bool | float) -> SoftRAG:
     """Open a tiny engine."""
     return SoftRAG.from_pretrained(
         build_checkpoint(

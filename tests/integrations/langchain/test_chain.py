@@ -426,6 +426,10 @@ def test_a_named_model_shares_answers_between_processes(engine, decoded):
         ChatSoftRAG(engine=twin, max_tokens=3, cache=cache, model="mine").invoke(QUESTION)
 
     assert len(cache._cache) == 1
+    with open_engine(copy_bias=4.0) as copying:
+        ChatSoftRAG(engine=copying, max_tokens=3, cache=cache, model="mine").invoke(QUESTION)
+
+    assert len(cache._cache) == 2
 
 
 # Nothing large leaves
@@ -533,3 +537,13 @@ def test_sources_name_their_text_and_metadata(chain):
 
     assert source.page_content == SENTENCES[2]
     assert itemgetter("source", "number")(source.metadata) == ("2.txt", 2)
+
+
+def test_a_copy_bias_of_the_engine_reaches_the_chain(engine, chain, monkeypatch):
+    plain = chain.invoke(QUESTION)["answer"]
+    monkeypatch.setattr(engine, "copy_bias", 100.0)
+
+    copied = chain.invoke(QUESTION)["answer"]
+
+    assert copied == engine.ask(QUESTION, k=2, max_new_tokens=6).text
+    assert copied != plain

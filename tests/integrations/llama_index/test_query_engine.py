@@ -59,6 +59,21 @@ def test_a_query_engine_gives_the_answer_of_softrag(softrag):
     assert SENTENCES[2] in response.get_formatted_sources(length=200)
 
 
+def test_a_copy_bias_of_the_engine_reaches_query_and_chat_engines(softrag, monkeypatch):
+    plain = str(ours(softrag).query(QUESTION))
+    monkeypatch.setattr(softrag, "copy_bias", 100.0)
+    chat_engine = index_of(softrag).as_query_engine(
+        llm=SoftRAGLLM(softrag, max_new_tokens=8),
+        node_postprocessors=[SoftRAGPostprocessor(softrag)],
+        similarity_top_k=3,
+    )
+
+    expected = softrag.ask(QUESTION, k=3, max_new_tokens=8).text
+
+    assert str(ours(softrag).query(QUESTION)) == str(chat_engine.query(QUESTION)) == expected
+    assert expected != plain
+
+
 def test_sync_async_and_streams_give_the_same_answer(softrag):
     expected = str(ours(softrag).query(QUESTION))
 
