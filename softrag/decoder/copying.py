@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from softrag.prompt import encode_with_offsets
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+# Not what closes a sentence or a bracket.
 _OPENS_AN_ANSWER = re.compile(r"[\w\"'\u201c\u2018(\[$€£-]")
 _END = -1
 
@@ -56,20 +57,14 @@ class CopySource:
         self.jumps: dict[int, list[_Cursor]] = defaultdict(list)
         # An answer is one line.
         lines = [" ".join(text.split()) for text in texts]
-        words = [
-            word
-            for line, (ids, offsets) in zip(
-                lines, encode_with_offsets(tokenizer, lines), strict=True
-            )
-            for word in self._add(line, ids, offsets)
-        ]
+        words: list[tuple[str, int]] = []
+        for line, (ids, offsets) in zip(lines, encode_with_offsets(tokenizer, lines), strict=True):
+            words += self._add(line, ids, offsets)
         first = list({word for word, _ in words if _OPENS_AN_ANSWER.match(word)})
-        alone = {
-            word: ids
-            for word, (ids, _) in zip(first, encode_with_offsets(tokenizer, first), strict=True)
-        }
+        alone = dict(zip(first, encode_with_offsets(tokenizer, first), strict=True))
         for word, behind in words:
-            if ids := alone.get(word):
+            ids, _ = alone.get(word, ([], []))
+            if ids:
                 self.openings[ids[0]].append(_Cursor(tuple(ids[1:]), behind))
 
     def _add(

@@ -39,10 +39,10 @@ def before_prompts(decoder, monkeypatch, *before):
     where, name = (engine, "_prefill") if hasattr(engine, "_prefill") else (engine._runner, "step")
     work = getattr(where, name)
 
-    def step(prompts):
+    def step(prompts, *biases):
         if prompts:
             next(calls, lambda: None)()
-        return work(prompts)
+        return work(prompts, *biases)
 
     monkeypatch.setattr(where, name, step)
 
