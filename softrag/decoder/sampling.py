@@ -59,8 +59,8 @@ class Biases(NamedTuple):
         """Return `(rows, vocabulary)` logits with these values added."""
         if not self.rows:
             return logits
-        where = torch.tensor([list(self.rows), list(self.tokens)])
-        values = torch.tensor(list(self.values), dtype=logits.dtype)
+        where = torch.tensor([self.rows, self.tokens])
+        values = torch.tensor(self.values, dtype=logits.dtype)
         rows, tokens = send(where, logits.device)
         return logits.index_put((rows, tokens), send(values, logits.device), accumulate=True)
 

@@ -103,7 +103,7 @@ def test_no_text_favours_nothing(tiny_llama: Path):
         assert copier(tokenizer, texts).favoured() == set()
 
 
-def test_a_slow_tokenizer_is_named(tiny_llama: Path):
+def test_a_slow_tokenizer_is_named():
     class Slow:
         is_fast = False
 
