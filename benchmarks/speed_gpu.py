@@ -36,7 +36,7 @@ print = functools.partial(print, flush=True)
 CHECKS = "check:llama:float32,check:llama:bfloat16,check:qwen3:bfloat16,check:mistral:bfloat16"
 # Groups of parts; each group is a process of its own.
 ALL = (
-    f"{CHECKS}/naive,single,batch,arrivals,profile,growth/compress,naive_compress/"
+    f"{CHECKS}/naive,single,batch,copying,arrivals,profile,growth/compress,naive_compress/"
     "check_kernels,kernels"
 )
 SMALL = {
@@ -183,6 +183,11 @@ class Bench:
             )  # fmt: skip
         eager = TorchDecoder(model, fused=False)
         expected = [eager.generate([request])[0].text for request in requests]
+        copying = [
+            bench_decode.replace(request, copy_from=texts[:9], copy_bias=4.0 * (number % 3 > 0))
+            for number, request in enumerate(requests)
+        ]
+        copies = [eager.generate([request])[0].text for request in copying]
         compressor = Compressor(model)
         compressor._on_cpu = True  # no fused path
         plain = compressor.compress(texts)
@@ -210,6 +215,8 @@ class Bench:
                     [bench_decode.replace(r, temperature=1.0, seed=3) for r in requests]
                 )
             ]
+            copied = [result.text for result in decoder.generate(copying)]
+            right = sum(x == y for x, y in zip(copies, copied, strict=True))
             same = [
                 sum(x == y for x, y in zip(expected, other, strict=True))
                 for other in (together, again, alone, streamed)
@@ -221,7 +228,7 @@ class Bench:
                 f"  {type(decoder._engine).__name__}, capture {capture}: of {len(requests)} equal "
                 f"to eager alone: together {same[0]}, reversed {same[1]}, alone {same[2]}, "
                 f"streamed {same[3]}; sampled alone as together {sampled}; as not captured "
-                f"{captured}"
+                f"{captured}; with a copy bias {right}"
             )
 
     def kernels(self) -> None:
@@ -391,6 +398,13 @@ class Bench:
                 self.decoder, self.recorder, self.floors, batch=batch,
                 new_tokens=self.options.new_tokens,
             )  # fmt: skip
+
+    def copying(self) -> None:
+        """Measure what a copy bias costs."""
+        for batch in self.options.batches:
+            bench_decode.bench_copying(
+                self.decoder, self.recorder, batch=batch, new_tokens=self.options.new_tokens
+            )
 
     def arrivals(self) -> None:
         """Measure requests that arrive at random."""

@@ -17,6 +17,7 @@ from softrag.batch import collate_prompts
 from softrag.bench.measure import Hardware, Recorder, median_seconds, peak_memory
 from softrag.bench.presets import random_texts
 from softrag.decoder import DecodeRequest, TorchDecoder
+from softrag.decoder.copying import CopySource
 from softrag.memory import Memory
 from softrag.model import SoftRAGModel
 from softrag.prompt import RagPrompt
@@ -225,6 +226,34 @@ def bench_batch(
         if peak():
             recorder.add(f"{name}: peak GPU memory", peak() / 2**30, "GiB")
     recorder.add(f"batch {batch}: text over memory", seconds["text"] / seconds["memory"], "times")
+
+
+def bench_copying(
+    decoder: TorchDecoder, recorder: Recorder, *, batch: int = 64, new_tokens: int = 64
+) -> None:
+    """Measure a static batch from memories without and with a copy bias.
+
+    Its texts are new the first time, which is not counted, and known afterwards.
+    """
+    tokenizer = decoder.model.decoder_tokenizer
+    assert tokenizer is not None
+    texts = random_texts(tokenizer, batch * DOCUMENTS, DOCUMENT_TOKENS, seed=recorder.seed)
+    plain = make_requests(decoder.model, batch, "memory", max_new_tokens=new_tokens)
+    copying = [
+        replace(each, copy_from=texts[number * DOCUMENTS :][:DOCUMENTS], copy_bias=4.0)
+        for number, each in enumerate(plain)
+    ]
+    for name, requests in (("without", plain), ("with", copying)):
+        # Answers may end early: the end is favoured behind every word.
+        tokens = sum(result.completion_tokens for result in decoder.generate(requests))
+        seconds = median_seconds(
+            partial(decoder.generate, requests), recorder.device, repeat=3, warmup=1
+        )
+        recorder.add(f"memory, batch {batch}, {name} copy bias", tokens / seconds, "tokens/s")
+    one = median_seconds(
+        lambda: [CopySource(tokenizer, text) for text in texts], recorder.device, repeat=3
+    )
+    recorder.add(f"text of {DOCUMENT_TOKENS} tokens, read to be copied", one / len(texts), "s")
 
 
 def bench_arrivals(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from softrag.prompt import encode_with_offsets
@@ -23,54 +24,38 @@ _OPENS_AN_ANSWER = re.compile(r"[\w\"'\u201c\u2018(\[$€£-]")
 _END = -1
 
 
-class _Cursor(NamedTuple):
-    """Where a copy has come to.
-
-    Attributes:
-        rest: Tokens that come before `place`: those of an answer's first word, which has no space
-            in front of it and so may have other tokens than in its text.
-        place: Of the next token in `CopySource.ids`.
-    """
-
-    rest: tuple[int, ...]
-    place: int
-
-
 class CopySource:
-    """Texts that an answer may copy, as tokens.
+    """A text that answers may copy, as tokens.
 
     Args:
         tokenizer: The decoder's, a fast one.
-        texts: What may be copied.
+        text: What may be copied.
 
     Attributes:
-        ids: The tokens of all texts; -1 behind each.
+        ids: Its tokens; -1 behind them.
         begins: Of each token, whether a word begins there, or what stands between words.
         openings: Where an answer may begin, by its first token.
         jumps: Where a copy may go on from another word, by that word's first token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self.ids: list[int] = []
         self.begins: list[bool] = []
         self.openings: dict[int, list[_Cursor]] = defaultdict(list)
         self.jumps: dict[int, list[_Cursor]] = defaultdict(list)
-        # An answer is one line.
-        lines = [" ".join(text.split()) for text in texts]
-        words: list[tuple[str, int]] = []
-        for line, (ids, offsets) in zip(lines, encode_with_offsets(tokenizer, lines), strict=True):
-            words += self._add(line, ids, offsets)
+        line = " ".join(text.split())  # An answer is one line.
+        words = list(self._words(line, *encode_with_offsets(tokenizer, [line])[0]))
         first = list({word for word, _ in words if _OPENS_AN_ANSWER.match(word)})
         alone = dict(zip(first, encode_with_offsets(tokenizer, first), strict=True))
         for word, behind in words:
             ids, _ = alone.get(word, ([], []))
             if ids:
-                self.openings[ids[0]].append(_Cursor(tuple(ids[1:]), behind))
+                self.openings[ids[0]].append(_Cursor(self, tuple(ids[1:]), behind))
 
-    def _add(
+    def _words(
         self, line: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[str, int]]:
-        """Take the tokens of a line; yield its words with the place behind each."""
+        """Take the tokens of the line; yield its words with the place behind each."""
         starts = {found.start() for found in _WORD.finditer(line)}
         borders: list[tuple[int, int]] = []  # characters before a word, tokens before it
         for token, (start, end) in zip(ids, offsets, strict=True):
@@ -82,7 +67,7 @@ class CopySource:
             if begins:
                 borders.append((start, len(self.ids)))
                 if start and line[start - 1] == " ":
-                    self.jumps[token].append(_Cursor((), len(self.ids) + 1))
+                    self.jumps[token].append(_Cursor(self, (), len(self.ids) + 1))
             self.ids.append(token)
             self.begins.append(begins)
         borders.append((len(line), len(self.ids)))
@@ -92,48 +77,82 @@ class CopySource:
             yield line[start:end].strip(), behind
 
 
+class _Cursor(NamedTuple):
+    """Where a copy has come to.
+
+    Attributes:
+        source: What it copies.
+        rest: Tokens that come before `place`: those of an answer's first word, which has no space
+            in front of it and so may have other tokens than in its text.
+        place: Of the next token in the source's `ids`.
+    """
+
+    source: CopySource
+    rest: tuple[int, ...]
+    place: int
+
+    @property
+    def next(self) -> int:
+        """The token to come, -1 at the text's end."""
+        return self.rest[0] if self.rest else self.source.ids[self.place]
+
+    @property
+    def is_between_words(self) -> bool:
+        """Whether a word is done."""
+        return not self.rest and self.source.begins[self.place]
+
+    def moved(self) -> _Cursor:
+        """Return where it is behind the token to come."""
+        if self.rest:
+            return self._replace(rest=self.rest[1:])
+        return self._replace(place=self.place + 1)
+
+
 class Copier:
     """An answer on its way, and the places it may be copied from.
 
     Args:
-        source: What may be copied.
+        sources: What may be copied.
         end_ids: Tokens that end an answer.
     """
 
-    def __init__(self, source: CopySource, end_ids: set[int]) -> None:
-        self._source = source
-        self._end_ids = end_ids
+    def __init__(self, sources: Sequence[CopySource], end_ids: set[int]) -> None:
+        self._sources = sources
         self._cursors: list[_Cursor] | None = None  # None: nothing is written yet
+        # Made once: they are many, and wanted behind every word.
+        self._elsewhere = np.array(
+            [*end_ids, *(token for source in sources for token in source.jumps)], dtype=np.int64
+        )
 
-    def favoured(self) -> set[int]:
-        """Return the tokens that go on as the texts do; none behind words of the model's own.
+    def favoured(self) -> np.ndarray:
+        """Return the tokens that go on as the texts do, `(n,)` and some of them more than once.
 
-        Behind a whole word these are also the words elsewhere, and the end.
+        None behind words of the model's own. Behind a whole word also those of the words
+        elsewhere, and the end.
         """
         if self._cursors is None:
-            return set(self._source.openings)
-        found = {self._next(cursor) for cursor in self._cursors} - {_END}
-        if any(map(self._is_between_words, self._cursors)):
-            found |= self._source.jumps.keys() | self._end_ids
-        return found
+            found = [token for source in self._sources for token in source.openings]
+        else:
+            found = [token for cursor in self._cursors if (token := cursor.next) != _END]
+        favoured = np.array(found, dtype=np.int64)
+        if self._is_between_words():
+            favoured = np.concatenate([favoured, self._elsewhere])
+        return favoured
 
     def push(self, token: int) -> None:
         """Take the token that was chosen."""
         if self._cursors is None:
-            self._cursors = self._source.openings.get(token, [])
+            self._cursors = self._at(token, [source.openings for source in self._sources])
             return
-        followed = [
-            _Cursor(cursor.rest[1:], cursor.place) if cursor.rest else _Cursor((), cursor.place + 1)
-            for cursor in self._cursors
-            if self._next(cursor) == token
-        ]
+        followed = [cursor.moved() for cursor in self._cursors if cursor.next == token]
         # Words begin alike: which one it is may be known a token later.
-        if not self._cursors or any(map(self._is_between_words, self._cursors)):
-            followed += self._source.jumps.get(token, [])
+        if not self._cursors or self._is_between_words():
+            followed += self._at(token, [source.jumps for source in self._sources])
         self._cursors = list(dict.fromkeys(followed))
 
-    def _next(self, cursor: _Cursor) -> int:
-        return cursor.rest[0] if cursor.rest else self._source.ids[cursor.place]
+    def _is_between_words(self) -> bool:
+        return any(cursor.is_between_words for cursor in self._cursors or ())
 
-    def _is_between_words(self, cursor: _Cursor) -> bool:
-        return not cursor.rest and self._source.begins[cursor.place]
+    @staticmethod
+    def _at(token: int, places: Sequence[dict[int, list[_Cursor]]]) -> list[_Cursor]:
+        return [cursor for by_token in places for cursor in by_token.get(token, ())]

@@ -138,9 +138,8 @@ class Row:
 def biases_of(rows: Sequence[Row]) -> Biases:
     """Return what the rows' copy biases add to the logits of their next tokens, row by row."""
     favoured = [
-        (place, token, row.request.copy_bias)
+        (place, tokens, row.request.copy_bias)
         for place, row in enumerate(rows)
-        if row.copier is not None
-        for token in row.copier.favoured()
+        if row.copier is not None and len(tokens := row.copier.favoured())
     ]
     return Biases(*zip(*favoured, strict=True)) if favoured else NO_BIASES

@@ -99,7 +99,7 @@ class StepRunner:
         self,
         backbone: FusedBackbone,
         embeddings: nn.Module,
-        head: nn.Module,
+        head: nn.Linear,
         *,
         batch_size: int,
         cache_tokens: int,
@@ -136,6 +136,8 @@ class StepRunner:
             (batch_size, pages_for(backbone.max_length + 1)), dtype=torch.int32, device=device
         )
         self._prompt = _PromptBuffers(backbone) if self._capture_prompts else None
+        # Of running rows and those that join, `(rows, vocabulary)`; made when first needed.
+        self._biases: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ places
 
@@ -166,7 +168,7 @@ class StepRunner:
 
         Args:
             new: Rows that join.
-            biases: Added to the logits of running and new rows. Such a pass is not captured.
+            biases: Added to the logits of running and new rows.
         """
         with working_on(self.backbone.device):
             return self._step(new, biases)
@@ -178,15 +180,16 @@ class StepRunner:
         places = running
         if self._graphs is not None:
             places = _bucket(running, self.batch_size, mixed=bool(new))
-        if biases.rows:
+        biased = bool(biases.rows)
+        if biased:
             # Behind the running rows stand the spare places.
             rows = [row if row < running else row + places - running for row in biases.rows]
-            out = self._pass(places, prompt, sampling, biases._replace(rows=rows))
-        elif self._graphs is not None and (prompt is None or prompt.captured):
-            key = (places, prompt.shape if prompt else None, sampling)
-            out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling))
+            self._write(biases._replace(rows=rows), places + (prompt.n_rows if prompt else 0))
+        if self._graphs is not None and (prompt is None or prompt.captured):
+            key = (places, prompt.shape if prompt else None, sampling, biased)
+            out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling, biased))
         else:
-            out = self._pass(places, prompt, sampling)
+            out = self._pass(places, prompt, sampling, biased)
         if running:
             # Here and not in the pass, because a pass may be done twice before it counts.
             self._tokens[:running] = out.tokens[:running]
@@ -203,9 +206,19 @@ class StepRunner:
             states = states[: len(new)] if any(row.with_state for row in new) else None
         return Chosen(tokens, logprobs, states)
 
-    def _pass(
-        self, places: int, prompt: _Prompt | None, sampling: bool, biases: Biases = NO_BIASES
-    ) -> _Output:
+    def _write(self, biases: Biases, rows: int) -> None:
+        """Put biases, and nothing else, where a pass of so many rows finds them."""
+        if self._biases is None:
+            most = self.batch_size + max(self.batch_size, _rows_of(LARGEST_CAPTURED))
+            self._biases = torch.zeros(
+                (most, self._head.out_features),
+                dtype=self.backbone.dtype,
+                device=self.backbone.device,
+            )
+        self._biases[:rows] = 0
+        biases.write(self._biases)
+
+    def _pass(self, places: int, prompt: _Prompt | None, sampling: bool, biased: bool) -> _Output:
         """Choose tokens for `places` rows and for the prompts."""
         tokens, positions, seeds, temperature, tables = (
             tensor[:places] for tensor in self._places()
@@ -247,11 +260,13 @@ class StepRunner:
             seeds = torch.cat([seeds, prompt.seeds])
             lengths = torch.cat([lengths, prompt.lengths])
         logits = self._head(states)
-        biased = biases.added_to(logits)
+        favoured = logits
+        if biased and self._biases is not None:
+            favoured = logits + self._biases[: len(logits)]
         if sampling:
-            chosen = choose(biased, temperature, seeds, lengths)
+            chosen = choose(favoured, temperature, seeds, lengths)
         else:
-            chosen = biased.argmax(-1)
+            chosen = favoured.argmax(-1)
         return _Output(chosen, log_probabilities(logits, chosen), prompt_states)
 
     # ------------------------------------------------------------------ prompts
@@ -345,6 +360,11 @@ class _Prompt(NamedTuple):
     def shape(self) -> int:
         """What decides the shapes of all of them."""
         return len(self.embeddings)
+
+    @property
+    def n_rows(self) -> int:
+        """R."""
+        return len(self.last)
 
 
 class _PromptBuffers:

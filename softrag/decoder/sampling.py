@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from softrag.packing import send
@@ -46,23 +47,34 @@ class Biases(NamedTuple):
     """What is added to some logits before a token is chosen.
 
     Attributes:
-        rows: Whose logits.
-        tokens: Which of them.
-        values: What is added.
+        rows: Whose logits, each row once.
+        tokens: Which of them, `(n,)` of each row.
+        values: What is added, of each row.
     """
 
     rows: Sequence[int]
-    tokens: Sequence[int]
+    tokens: Sequence[np.ndarray]
     values: Sequence[float]
+
+    def write(self, into: torch.Tensor) -> None:
+        """Put the values in their places of `(rows, vocabulary)` logits to add."""
+        vocabulary = into.shape[1]
+        # Some tokenizers have tokens that no model writes.
+        tokens = [each[each < vocabulary] for each in self.tokens]
+        counts = torch.tensor([len(each) for each in tokens])
+        rows = torch.tensor(self.rows).repeat_interleave(counts)
+        values = torch.tensor(self.values, dtype=into.dtype).repeat_interleave(counts)
+        where = torch.stack([rows, torch.from_numpy(np.concatenate(tokens))])
+        places = send(where, into.device)
+        into[places[0], places[1]] = send(values, into.device)
 
     def added_to(self, logits: torch.Tensor) -> torch.Tensor:
         """Return `(rows, vocabulary)` logits with these values added."""
         if not self.rows:
             return logits
-        where = torch.tensor([self.rows, self.tokens])
-        values = torch.tensor(self.values, dtype=logits.dtype)
-        rows, tokens = send(where, logits.device)
-        return logits.index_put((rows, tokens), send(values, logits.device), accumulate=True)
+        added = torch.zeros_like(logits)
+        self.write(added)
+        return logits + added
 
 
 NO_BIASES = Biases((), (), ())

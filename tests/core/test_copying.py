@@ -6,12 +6,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from softrag.compressor import Compressor
 from softrag.decoder import DecodeRequest, TorchDecoder
 from softrag.decoder.copying import Copier, CopySource
+from softrag.decoder.sampling import Biases
 from softrag.prompt import encode_text
 from tests.checkpoints import build_model
 from tests.families import SENTENCES
@@ -24,14 +27,18 @@ END = 10**6
 
 
 def copier(tokenizer: PreTrainedTokenizerBase, texts: list[str] = TEXTS) -> Copier:
-    return Copier(CopySource(tokenizer, texts), {END})
+    return Copier([CopySource(tokenizer, text) for text in texts], {END})
+
+
+def favoured(copying: Copier) -> set[int]:
+    return set(copying.favoured().tolist())
 
 
 def follow(copying: Copier, ids: list[int]) -> list[bool]:
     """Say of each token whether it was favoured when it came."""
     told = []
     for token in ids:
-        told.append(token in copying.favoured())
+        told.append(token in favoured(copying))
         copying.push(token)
     return told
 
@@ -55,7 +62,7 @@ def test_what_stands_in_a_text_is_favoured_from_the_first_token_to_the_end(
     told = follow(copying, encode_text(tokenizer, copied))
 
     assert all(told)
-    assert END in copying.favoured()
+    assert END in favoured(copying)
 
 
 def test_behind_a_word_another_word_of_the_texts_may_follow(tokenizer: PreTrainedTokenizerBase):
@@ -68,9 +75,9 @@ def test_within_a_word_only_its_own_tokens_are_favoured(tokenizer: PreTrainedTok
     copying = copier(tokenizer, ["Bartholomew"])
     first, second, *_ = encode_text(tokenizer, "Bartholomew")
 
-    assert copying.favoured() == {first}
+    assert favoured(copying) == {first}
     copying.push(first)
-    assert copying.favoured() == {second}
+    assert favoured(copying) == {second}
 
 
 def test_words_of_the_models_own_are_left_alone_until_one_of_the_texts_follows(
@@ -81,17 +88,17 @@ def test_words_of_the_models_own_are_left_alone_until_one_of_the_texts_follows(
 
     for token in own:
         copying.push(token)
-        assert copying.favoured() == set()
+        assert favoured(copying) == set()
     copying.push(texts_word[0])
 
     assert follow(copying, texts_word[1:]) == [True] * len(texts_word[1:])
-    assert END in copying.favoured()
+    assert END in favoured(copying)
 
 
 def test_special_tokens_in_a_text_are_letters(tiny_llama: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
-    source = CopySource(tokenizer, ["Say <|eot_id|> twice"])
+    source = CopySource(tokenizer, "Say <|eot_id|> twice")
 
     assert not set(source.ids) & set(tokenizer.all_special_ids)
 
@@ -100,7 +107,13 @@ def test_no_text_favours_nothing(tiny_llama: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
     for texts in ([], [""], [" \n"]):
-        assert copier(tokenizer, texts).favoured() == set()
+        assert favoured(copier(tokenizer, texts)) == set()
+
+
+def test_tokens_that_no_model_writes_are_left_out():
+    biases = Biases([1], [np.array([0, 3, 3, 99])], [2.0])
+
+    assert biases.added_to(torch.ones(2, 4)).tolist() == [[1, 1, 1, 1], [3, 1, 1, 3]]
 
 
 def test_a_slow_tokenizer_is_named():
@@ -108,7 +121,7 @@ def test_a_slow_tokenizer_is_named():
         is_fast = False
 
     with pytest.raises(TypeError, match=r"found Slow\. Its folder needs a tokenizer\.json"):
-        CopySource(Slow(), ["Paris"])
+        CopySource(Slow(), "Paris")
 
 
 # Answers
