@@ -31,7 +31,7 @@ def score(
     dtype: str = "auto",
     rate: int | None = None,
     as_given: bool = False,
-    copy_bias: float = 0.0,
+    copy_bias: float | None = None,
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `[mean, low, high]` by set, mode and metric, in percent."""
     model = LoadedModel.from_pretrained(checkpoint, batch_size=batch_size, dtype=dtype, rate=rate)
@@ -77,7 +77,7 @@ def main() -> None:
         action="store_true",
         help="Read documents in the file's order; needs no embedder but in mode excerpts.",
     )
-    parser.add_argument("--copy-bias", type=float, default=0.0)
+    parser.add_argument("--copy-bias", type=float, help="The checkpoint's unless told.")
     options = parser.parse_args()
     score(
         options.checkpoint,

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from softrag.checks import check_number
+
 SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
 
@@ -92,6 +94,8 @@ class SoftRAGConfig(PreTrainedConfig):
             tokens are then written in the texts.
         document_prompt: Texts of `DocumentPrompt`.
         rag_prompt: Texts of `RagPrompt`; what is left out is as in `RAG_PROMPT`.
+        copy_bias: What answers from memories are biased by unless the user says, as in `SoftRAG`;
+            chosen on questions like those it was trained on. It changes no memory.
         storage: How trained weights are stored: `"full"`, or adapters and the differences to base
             weights quantised, `"int8"` with one scale per row, `"int4"` with one per 64 values.
         fingerprint: Of everything that decides a memory's values; written when saved.
@@ -126,6 +130,7 @@ class SoftRAGConfig(PreTrainedConfig):
     prompt_encoding: str = "parts"
     document_prompt: dict[str, str] = field(default_factory=lambda: dict(DOCUMENT_PROMPT))
     rag_prompt: dict[str, str] = field(default_factory=lambda: dict(RAG_PROMPT))
+    copy_bias: float = 0.0
     storage: str = "full"
     fingerprint: str | None = None
     checksums: dict[str, str] | None = None
@@ -167,6 +172,7 @@ class SoftRAGConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
         if self.distinct_memory_tokens and self.memory_tokens is None:
             raise ValueError("distinct_memory_tokens needs memory_tokens: how many there are.")
+        check_number("copy_bias", self.copy_bias, least=0.0, most=100.0)
         self.rag_prompt = RAG_PROMPT | self.rag_prompt
 
     @property

@@ -55,8 +55,9 @@ class SoftRAG:
             instead; None for none.
         copy_bias: Where memories are read, the answer's tokens that go on as the chunks' texts do
             get so much added to their logits, 0.0 to 100: names and numbers come out as they are
-            spelled there, and no prompt token more is read. 0.0 for none; `docs/evaluation.md`
-            has what it is worth. Of this library's own decoder only.
+            spelled there, and no prompt token more is read. 0.0 for none, None for what the
+            checkpoint was found to be best with; `docs/evaluation.md` has what it is worth. Of
+            this library's own decoder only.
 
     Raises:
         MemoryMismatchError: The store was built, or the fallback calibrated, with another model
@@ -73,7 +74,7 @@ class SoftRAG:
         chunk_tokens: int | None = None,
         window_s: float = 0.005,
         fallback: Router | None = None,
-        copy_bias: float = 0.0,
+        copy_bias: float | None = None,
     ) -> None:
         check_embedder(embedder)
         self.store = store
@@ -93,6 +94,8 @@ class SoftRAG:
         if fallback is not None and maker is not None:
             fallback.check(maker.fingerprint)
         self.fallback = fallback
+        if copy_bias is None:
+            copy_bias = decoder.copy_bias if decoder else 0.0
         check_number("copy_bias", copy_bias, least=0.0, most=100.0)
         self.copy_bias = copy_bias
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
@@ -125,7 +128,7 @@ class SoftRAG:
         rate: int | None = None,
         cut: bool = False,
         fallback: Router | str | Path | None = None,
-        copy_bias: float = 0.0,
+        copy_bias: float | None = None,
     ) -> SoftRAG:
         """Load a checkpoint and open a store.
 

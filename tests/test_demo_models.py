@@ -27,6 +27,11 @@ def test_a_demo_model_is_small_and_its_files_are_those_of_its_config(name):
     assert (folder / "README.md").is_file()
 
 
+@pytest.mark.parametrize("name", DEMO_MODELS)
+def test_demo_models_answer_in_the_words_of_the_chunks(name):
+    assert read_config(locate(name)).copy_bias == 4.0
+
+
 @pytest.mark.parametrize(("rate", "length"), [(None, 4), (16, 4), (4, 16)])
 def test_the_demo_model_compresses_at_two_rates(rate, length):
     model = SoftRAGModel.from_pretrained(

@@ -53,7 +53,7 @@ def demo(
     store: Store = DEFAULT_STORE,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
-    copy_bias: CopyBias = 0.0,
+    copy_bias: CopyBias = None,
     json: Json = False,
 ) -> None:
     """Index the shipped documents and answer ten questions from memories, mixed and from text."""

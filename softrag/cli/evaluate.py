@@ -61,7 +61,7 @@ class _Plan:
     with_compressor: bool
     with_state: bool
     lookahead: int
-    copy_bias: float
+    copy_bias: float | None
     quiet: bool
 
 
@@ -100,7 +100,7 @@ def evaluate(
     rate: Rate = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: MaxNewTokens = 64,
-    copy_bias: CopyBias = 0.0,
+    copy_bias: CopyBias = None,
     seed: Annotated[int, typer.Option(help="Of intervals, halves and drawn chunks.")] = 0,
     judge: Annotated[
         str | None,

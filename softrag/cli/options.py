@@ -93,13 +93,13 @@ Fallback = Annotated[
     ),
 ]
 CopyBias = Annotated[
-    float,
+    float | None,
     typer.Option(
         min=0.0,
         max=100.0,
         envvar="SOFTRAG_COPY_BIAS",
         help="Added, where memories are read, to the logits of tokens that go on as the chunks' "
-        "texts do.",
+        "texts do; as the model says unless given, 0 for none.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
@@ -118,7 +118,7 @@ class EngineOptions:
     rate: Rate = None
     decoder: Decoder = "torch"
     fallback: Fallback = None
-    copy_bias: CopyBias = 0.0
+    copy_bias: CopyBias = None
 
     def open(self, *, create: bool = False) -> SoftRAG:
         """Load the engine.

@@ -123,7 +123,7 @@ def answer_rows(
     max_new_tokens: int = 64,
     with_state: bool = False,
     lookahead: int = 0,
-    copy_bias: float = 0.0,
+    copy_bias: float | None = None,
     embedder: Embedder | None = None,
     on_answers: Callable[[str, int], None] | None = None,
 ) -> Iterator[Row]:
@@ -168,7 +168,7 @@ def answer_rows(
                 max_new_tokens=max_new_tokens,
                 with_state=with_state and mode == "memory",
                 lookahead=lookahead if mode == "memory" else 0,
-                copy_bias=copy_bias,
+                copy_bias=model.decoder.copy_bias if copy_bias is None else copy_bias,
                 on_answers=None if on_answers is None else _named(on_answers, name),
             )
             stored = {

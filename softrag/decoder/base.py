@@ -106,6 +106,11 @@ class Decoder(Protocol):
         """
         ...
 
+    @property
+    def copy_bias(self) -> float:
+        """What its model's answers from memories are biased by unless told; 0.0 if it cannot."""
+        ...
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         """Count the prompt's tokens without running the model."""
         ...

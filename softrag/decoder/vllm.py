@@ -214,6 +214,11 @@ class VLLMDecoder:
         """True: vLLM decodes requests of separate calls together as they come."""
         return True
 
+    @property
+    def copy_bias(self) -> float:
+        """None: vLLM cannot be told at every token what to favour."""
+        return 0.0
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         """Count the prompt's tokens without asking vLLM."""
         return len(self.prompts.lay_out(question, documents).input_ids)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -482,7 +484,27 @@ def test_a_copy_bias_gives_answers_in_the_words_of_what_was_read(tmp_path):
         assert engine.answer_from(QUESTION, unknown, max_new_tokens=8).text == plain["memory"]
 
 
-@pytest.mark.parametrize("bias", [-1.0, 1e3, float("nan"), "4", None])
+def test_answers_are_biased_as_the_checkpoint_says_unless_the_user_says_otherwise(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(build_checkpoint(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"copy_bias": 100.0}))
+
+    def answer(checkpoint, **options):
+        with SoftRAG.from_pretrained(
+            checkpoint, embedder=HashingEmbedder(), device="cpu", **options
+        ) as engine:
+            engine.add(DOCUMENTS)
+            return engine.copy_bias, engine.ask(QUESTION, k=2, max_new_tokens=8).text
+
+    assert answer(folder) == answer(build_checkpoint(), copy_bias=100.0)
+    assert answer(folder, copy_bias=0.0) == answer(build_checkpoint())
+    assert answer(folder) != answer(folder, copy_bias=0.0)
+    with SoftRAG.from_pretrained(folder, embedder=HashingEmbedder(), load_decoder=False) as engine:
+        assert engine.copy_bias == 0.0
+
+
+@pytest.mark.parametrize("bias", [-1.0, 1e3, float("nan"), "4", True])
 def test_a_senseless_copy_bias_is_refused(bias):
     with pytest.raises((TypeError, ValueError), match="copy_bias must be"):
         open_engine(copy_bias=bias)

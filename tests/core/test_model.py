@@ -196,6 +196,11 @@ def test_another_rate_of_a_fixed_number_of_soft_tokens_is_refused(
         SoftRAGModel.from_pretrained(tmp_path, rate=4)
 
 
+def test_a_senseless_copy_bias_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"copy_bias must be from 0\.0 to 100\.0, found -4"):
+        SoftRAGConfig(copy_bias=-4)
+
+
 def test_reranking_without_a_question_is_refused() -> None:
     with pytest.raises(ValueError, match="needs query_dependent"):
         SoftRAGConfig(rerank=True)

@@ -76,6 +76,8 @@ def test_a_copy_bias_is_refused_before_anything_is_sent(server, decoder):
     with pytest.raises(ValueError, match="copy_bias"):
         next(decoder.stream(request))
     assert not server.requests
+    # Models that are best with one are asked without.
+    assert decoder.copy_bias == 0.0
 
 
 def wait_for_running(server, requests):

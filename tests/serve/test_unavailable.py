@@ -18,6 +18,7 @@ class MortalDecoder:
     """A decoder whose engine dies after some pieces of an answer, until it is back."""
 
     joins_requests = True
+    copy_bias = 0.0
 
     def __init__(self, decoder, pieces):
         self.fingerprint = decoder.fingerprint

@@ -34,6 +34,10 @@ class RecordingDecoder:
     def joins_requests(self) -> bool:
         return self.decoder.joins_requests
 
+    @property
+    def copy_bias(self) -> float:
+        return self.decoder.copy_bias
+
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
         return self.decoder.prompt_tokens(question, documents)
 
