@@ -283,27 +283,31 @@ def split_for(compressor: Compressor | None, text: str) -> list[str]:
 
 
 def _text(source: Source) -> str:
+    text = _known_text(source)
+    if text is None:
+        assert isinstance(source, Memory)
+        raise ValueError(
+            f"Memory {source.key} came without its text. Pass the hit that holds both, or ask in "
+            "mode 'memory'."
+        )
+    return text
+
+
+def _known_text(source: Source) -> str | None:
     if isinstance(source, Hit):
         return document_text(source.title, source.text)
-    if isinstance(source, str):
-        return source
-    raise ValueError(
-        f"Memory {source.key} came without its text. Pass the hit that holds both, or ask in mode "
-        "'memory'."
-    )
+    return source if isinstance(source, str) else source.text
 
 
 def _known_texts(question: Asked) -> list[str]:
-    found = (
-        source.text if isinstance(source, Memory) else _text(source) for source in question.sources
-    )
-    return [text for text in found if text is not None]
+    return [text for source in question.sources if (text := _known_text(source)) is not None]
 
 
 def _text_prompt_tokens(question: Asked, mode: Mode, decoder: Decoder) -> int | None:
     """Count what the prompt would have cost with text; None when a text is not known."""
     if mode == "closed":
         return decoder.prompt_tokens(question.text, [])
-    if any(isinstance(source, Memory) for source in question.sources):
+    texts = _known_texts(question)
+    if len(texts) < len(question.sources):
         return None
-    return decoder.prompt_tokens(question.text, [_text(source) for source in question.sources])
+    return decoder.prompt_tokens(question.text, texts)

@@ -120,7 +120,7 @@ def test_mixed_reads_the_text_of_the_best_chunk_and_the_memories_of_the_others(e
     assert many.text == answer.text
     assert engine.answer_from(QUESTION, [], mode="mixed", max_new_tokens=1).sources == []
     with pytest.raises(ValueError, match="came without its text"):
-        engine.answer_from(QUESTION, [first.memory], mode="mixed")
+        engine.answer_from(QUESTION, [replace(first.memory, text=None)], mode="mixed")
 
 
 def test_mixed_makes_no_memory_of_what_it_reads_as_text(engine, monkeypatch):
@@ -445,11 +445,35 @@ def test_answering_from_hits_is_asking(engine):
 
     assert engine.answer_from(QUESTION, hits, max_new_tokens=6).text == expected.text
     assert "".join(engine.stream_from(QUESTION, hits, max_new_tokens=6)) == expected.text
-    memories = engine.answer_from(QUESTION, [hit.memory for hit in hits], max_new_tokens=6)
-    assert memories.text == expected.text
-    assert memories.usage.text_prompt_tokens is None
-    assert memories.sources == []
     assert engine.answer_from(QUESTION, [], max_new_tokens=6).usage.soft_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["memory", "mixed", "text"])
+def test_answering_from_memories_is_answering_from_hits_as_long_as_their_texts_are_known(
+    engine, mode
+):
+    hits = engine.retrieve(QUESTION, 3)
+    expected = engine.answer_from(QUESTION, hits, mode=mode, max_new_tokens=6)
+    memories = [hit.memory for hit in hits]
+
+    answer = engine.answer_from(QUESTION, memories, mode=mode, max_new_tokens=6)
+
+    assert answer.text == expected.text
+    assert answer.usage == expected.usage
+    assert answer.sources == []
+
+
+def test_memories_without_their_texts_are_read_and_their_texts_are_not_counted(engine):
+    hits = engine.retrieve(QUESTION, 3)
+    expected = engine.answer_from(QUESTION, hits, max_new_tokens=6)
+    memories = [replace(hit.memory, text=None) for hit in hits]
+
+    answer = engine.answer_from(QUESTION, memories, max_new_tokens=6)
+
+    assert answer.text == expected.text
+    assert answer.usage.text_prompt_tokens is None
+    with pytest.raises(ValueError, match=rf"Memory {memories[0].key} came without its text"):
+        engine.answer_from(QUESTION, memories, mode="text")
 
 
 def test_a_copy_bias_gives_answers_in_the_words_of_what_was_read(tmp_path):
