@@ -91,6 +91,7 @@ class Row:
         decode_s: Seconds per question spent on answering; many were answered together.
         stored_bytes: What is stored per distinct document for this way of reading.
         text_share: Part of the questions that a fallback answered from text; None without one.
+        copy_bias: As in `SoftRAG`; 0.0 where no memories are read.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Row:
     decode_s: float
     stored_bytes: float
     text_share: float | None = None
+    copy_bias: float = 0.0
 
     @cached_property
     def prompt_tokens(self) -> np.ndarray:
@@ -146,6 +148,7 @@ def answer_rows(
     """
     distinct = {text for question in questions for text in texts_of(question)}
     memories: SetMemories | None = None
+    bias = model.decoder.copy_bias if copy_bias is None else copy_bias
     read_as: dict[Way, Mode] = {way: "text" if way == "excerpts" else way for way in modes}
     if any(map(reads_memories, read_as.values())) and model.compressor is not None:
         memories = compress_set(questions, model.compressor)
@@ -168,7 +171,7 @@ def answer_rows(
                 max_new_tokens=max_new_tokens,
                 with_state=with_state and mode == "memory",
                 lookahead=lookahead if mode == "memory" else 0,
-                copy_bias=model.decoder.copy_bias if copy_bias is None else copy_bias,
+                copy_bias=bias,
                 on_answers=None if on_answers is None else _named(on_answers, name),
             )
             stored = {
@@ -187,6 +190,7 @@ def answer_rows(
                 / len(questions),
                 decode_s=answered.decode_s / len(questions),
                 stored_bytes=stored[mode] / max(1, len(distinct)),
+                copy_bias=bias if reads_memories(mode) else 0.0,
             )
 
 
@@ -229,6 +233,7 @@ def fall_back(memory: Row, text: Row, router: Router, questions: Sequence[Questi
         decode_s=memory.decode_s + share * text.decode_s,
         stored_bytes=memory.stored_bytes + text.stored_bytes,
         text_share=share,
+        copy_bias=memory.copy_bias,
     )
 
 

@@ -76,6 +76,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "decode_s": row.decode_s,
         "stored_bytes": row.stored_bytes,
         "text_share": row.text_share,
+        "copy_bias": row.copy_bias,
         "intervals": {name: _bounds(interval) for name, interval in intervals.items()},
         "against_text": {
             name: list(difference) for name, difference in against.items() if difference is not None

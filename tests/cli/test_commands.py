@@ -562,13 +562,17 @@ def test_a_copy_bias_makes_the_commands_answer_in_the_documents_words(tmp_path, 
 
     asked = json.loads(run("ask", QUESTION, "-k", 99, *options, store=store).stdout)
     measured = json.loads(
-        run("eval", file, *options, "--modes", "memory", "--store", store, store=store).stdout
+        run("eval", file, *options, "--modes", "memory,text", "--store", store, store=store).stdout
     )
 
     words = set(re.findall(r"\w+", " ".join(f"{s['title']} {s['text']}" for s in asked["sources"])))
     for answer in (asked["answer"], *(each["memory"] for each in measured["answers"])):
         *whole, _ = re.findall(r"\w+", answer)  # the last may be cut off
         assert set(whole) <= words
+    assert {mode: row["copy_bias"] for mode, row in measured["modes"].items()} == {
+        "memory": 100.0,
+        "text": 0.0,
+    }
 
 
 def test_a_calibrated_fallback_is_reported_and_used(tmp_path, store):
