@@ -37,6 +37,11 @@ def check_count(name: str, value: object) -> None:
     check_number(name, value, least=1, whole=True)
 
 
+def check_copy_bias(value: object) -> None:
+    """Refuse what is no copy bias (`softrag.SoftRAG`); errors as `check_number`."""
+    check_number("copy_bias", value, least=0.0, most=100.0)
+
+
 def check_text(name: str, value: object) -> None:
     """Refuse what no tokenizer reads.
 

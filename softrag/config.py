@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from softrag.checks import check_number
+from softrag.checks import check_copy_bias
 
 SHARED = "shared"
 """Name of the compressor that is the decoder's own backbone, with adapters of its own (PISCO)."""
@@ -172,7 +172,7 @@ class SoftRAGConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
         if self.distinct_memory_tokens and self.memory_tokens is None:
             raise ValueError("distinct_memory_tokens needs memory_tokens: how many there are.")
-        check_number("copy_bias", self.copy_bias, least=0.0, most=100.0)
+        check_copy_bias(self.copy_bias)
         self.rag_prompt = RAG_PROMPT | self.rag_prompt
 
     @property

@@ -17,7 +17,7 @@ from softrag.answer import AddReport, Answer, AnswerStream, Mode, reads_memories
 from softrag.asking import Asked, Decoding, Prepared, Source, check_mode, check_question, prepare
 from softrag.asynchronous import async_stream_twin, async_twin
 from softrag.batching import MicroBatcher
-from softrag.checks import check_count, check_number, check_texts
+from softrag.checks import check_copy_bias, check_count, check_texts
 from softrag.compressor import Compressor
 from softrag.decoder import Decoder, DecodeRequest, DecodeResult, TorchDecoder, VLLMDecoder
 from softrag.documents import Chunk, Document, Hit
@@ -96,7 +96,7 @@ class SoftRAG:
         self.fallback = fallback
         if copy_bias is None:
             copy_bias = decoder.copy_bias if decoder else 0.0
-        check_number("copy_bias", copy_bias, least=0.0, most=100.0)
+        check_copy_bias(copy_bias)
         self.copy_bias = copy_bias
         self._batcher: MicroBatcher[DecodeRequest, DecodeResult] | None = (
             MicroBatcher(decoder.generate, window_s=window_s)

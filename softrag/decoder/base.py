@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from softrag.checks import check_count, check_number, check_text, check_texts
+from softrag.checks import check_copy_bias, check_count, check_number, check_text, check_texts
 from softrag.memory import Memory
 
 
@@ -53,7 +53,7 @@ class DecodeRequest:
             check_number("seed", self.seed, least=-(2**63), most=2**63 - 1, whole=True)
         check_number("lookahead", self.lookahead, least=0, whole=True)
         check_texts("copy_from", self.copy_from)
-        check_number("copy_bias", self.copy_bias, least=0.0, most=100.0)
+        check_copy_bias(self.copy_bias)
         check_texts("stop", self.stop)
         if not all(self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, found {self.stop!r}.")

@@ -180,16 +180,17 @@ class StepRunner:
         places = running
         if self._graphs is not None:
             places = _bucket(running, self.batch_size, mixed=bool(new))
-        biased = bool(biases.rows)
-        if biased:
+        added = None
+        if biases.rows:
             # Behind the running rows stand the spare places.
             rows = [row if row < running else row + places - running for row in biases.rows]
-            self._write(biases._replace(rows=rows), places + (prompt.n_rows if prompt else 0))
+            all_rows = places + (len(prompt.last) if prompt else 0)
+            added = self._added(biases._replace(rows=rows), all_rows)
         if self._graphs is not None and (prompt is None or prompt.captured):
-            key = (places, prompt.shape if prompt else None, sampling, biased)
-            out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling, biased))
+            key = (places, prompt.shape if prompt else None, sampling, added is not None)
+            out = self._graphs.run(key, lambda: self._pass(places, prompt, sampling, added))
         else:
-            out = self._pass(places, prompt, sampling, biased)
+            out = self._pass(places, prompt, sampling, added)
         if running:
             # Here and not in the pass, because a pass may be done twice before it counts.
             self._tokens[:running] = out.tokens[:running]
@@ -206,8 +207,8 @@ class StepRunner:
             states = states[: len(new)] if any(row.with_state for row in new) else None
         return Chosen(tokens, logprobs, states)
 
-    def _write(self, biases: Biases, rows: int) -> None:
-        """Put biases, and nothing else, where a pass of so many rows finds them."""
+    def _added(self, biases: Biases, rows: int) -> torch.Tensor:
+        """Return biases as `(rows, vocabulary)` logits to add, always in the same place."""
         if self._biases is None:
             most = self.batch_size + max(self.batch_size, _rows_of(LARGEST_CAPTURED))
             self._biases = torch.zeros(
@@ -215,10 +216,14 @@ class StepRunner:
                 dtype=self.backbone.dtype,
                 device=self.backbone.device,
             )
-        self._biases[:rows] = 0
-        biases.write(self._biases)
+        added = self._biases[:rows]
+        added.zero_()
+        biases.write(added)
+        return added
 
-    def _pass(self, places: int, prompt: _Prompt | None, sampling: bool, biased: bool) -> _Output:
+    def _pass(
+        self, places: int, prompt: _Prompt | None, sampling: bool, added: torch.Tensor | None
+    ) -> _Output:
         """Choose tokens for `places` rows and for the prompts."""
         tokens, positions, seeds, temperature, tables = (
             tensor[:places] for tensor in self._places()
@@ -260,9 +265,7 @@ class StepRunner:
             seeds = torch.cat([seeds, prompt.seeds])
             lengths = torch.cat([lengths, prompt.lengths])
         logits = self._head(states)
-        favoured = logits
-        if biased and self._biases is not None:
-            favoured = logits + self._biases[: len(logits)]
+        favoured = logits if added is None else logits + added
         if sampling:
             chosen = choose(favoured, temperature, seeds, lengths)
         else:
@@ -360,11 +363,6 @@ class _Prompt(NamedTuple):
     def shape(self) -> int:
         """What decides the shapes of all of them."""
         return len(self.embeddings)
-
-    @property
-    def n_rows(self) -> int:
-        """R."""
-        return len(self.last)
 
 
 class _PromptBuffers:

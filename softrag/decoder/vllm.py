@@ -216,7 +216,7 @@ class VLLMDecoder:
 
     @property
     def copy_bias(self) -> float:
-        """None: vLLM cannot be told at every token what to favour."""
+        """Zero: vLLM cannot be told at every token what to favour."""
         return 0.0
 
     def prompt_tokens(self, question: str, documents: Sequence[Memory | str]) -> int:
